@@ -1,0 +1,263 @@
+"""How well copies are found: `python -m benchmarks.copies --images FOLDER > table.md`.
+
+Makes edited copies of some of the folder's images and looks for them among all of its images, with
+the built-in copy descriptor, the built-in semantic encoder and pHash. A link between a copy and any
+other image counts as wrong, also where the folder itself holds the same photo twice.
+"""
+
+import argparse
+import csv
+import hashlib
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from benchmarks.copy_transforms import TRANSFORMS
+from curation.algorithms.components import Components
+from curation.images.encoders import (
+    DEMO_MODEL,
+    VectorModel,
+    copy_thresholds,
+    load_copy_descriptor,
+    load_semantic,
+)
+
+Rows = NDArray[np.float32]
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+BLOCK = 1024  # rows of one product
+
+
+class Descriptor(Protocol):
+    """Images to unit-norm rows, and the cosines worth a column."""
+
+    name: str
+    thresholds: dict[str, float]
+
+    def rows(self, images: Sequence[Image.Image]) -> Rows: ...
+
+
+class ModelDescriptor:
+    """A built-in model of curation."""
+
+    def __init__(self, name: str, model: VectorModel, thresholds: Sequence[float]) -> None:
+        self.name = name
+        self.thresholds = {f"{cosine:.2f}": cosine for cosine in thresholds}
+        self._model = model
+
+    def rows(self, images: Sequence[Image.Image]) -> Rows:
+        return self._model(np.stack([self._model.prepare(image) for image in images]))
+
+
+class PerceptualHash:
+    """pHash: signs of the 8 x 8 lowest DCT frequencies of a 32 x 32 grey image (Zauner 2010)."""
+
+    name = "pHash, 64 bits"
+
+    def __init__(self) -> None:
+        # As rows of +-1/8, a Hamming distance of b bits is a cosine of 1 - b / 32.
+        self.thresholds = {f"{bits} bits": 1 - bits / 32 - 1e-6 for bits in (4, 8, 10, 14)}
+        place = np.arange(32)
+        self._dct = np.cos(np.pi / 32 * (place[None, :] + 0.5) * place[:8, None])  # (8, 32)
+
+    def rows(self, images: Sequence[Image.Image]) -> Rows:
+        return np.stack([self._row(image) for image in images])
+
+    def _row(self, image: Image.Image) -> Rows:
+        grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+        low = (self._dct @ np.asarray(grey, np.float64) @ self._dct.T).ravel()
+        above = low > np.median(low[1:])  # the constant term would shift the median
+        return np.where(above, 0.125, -0.125).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of one descriptor: the folder (N, D), and copies (T, C, D) of its rows `originals`."""
+
+    folder: Rows
+    copies: Rows
+    originals: NDArray[np.int64]
+
+
+def load(path: Path) -> Image.Image | None:
+    """Upright RGB, or None for a file that does not decode."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def measure(
+    descriptors: Sequence[Descriptor], paths: Sequence[Path], count: int, seed: int
+) -> list[Measured]:
+    """Describe every image once, and TRANSFORMS of the `count` with the smallest name hashes.
+
+    That choice holds out, on the folder the built-in descriptor was trained on, only images that
+    its training left out (it leaves out those with a hash below 11 %).
+    """
+    chosen = set(sorted(range(len(paths)), key=lambda n: name_hash(paths[n]))[:count])
+    folder: list[list[Rows]] = [[] for _ in descriptors]
+    copies: list[list[Rows]] = [[] for _ in descriptors]
+    originals = []
+    for number, path in enumerate(tqdm(paths, desc="images", file=sys.stderr)):
+        image = load(path)
+        if image is None:
+            continue
+        if number in chosen:
+            originals.append(len(folder[0]))
+            rng = np.random.default_rng([seed, number])
+            edited = [edit(image, rng) for edit in TRANSFORMS.values()]
+        for which, descriptor in enumerate(descriptors):
+            folder[which].append(descriptor.rows([image])[0])
+            if number in chosen:
+                copies[which].append(descriptor.rows(edited))
+    return [
+        Measured(np.stack(f), np.stack(c).transpose(1, 0, 2), np.array(originals))
+        for f, c in zip(folder, copies, strict=True)
+    ]
+
+
+def name_hash(path: Path) -> bytes:
+    return hashlib.sha256(path.name.encode()).digest()
+
+
+def pair_table(descriptor: Descriptor, measured: Measured) -> list[str]:
+    """Rows: transforms. Cells: share of copies linked to their original / share of right links."""
+    lines = table_head("recall / precision", list(descriptor.thresholds))
+    everything = []
+    for transform, copies in zip(TRANSFORMS, measured.copies, strict=True):
+        cosine = copies @ measured.folder.T  # (C, N)
+        line = np.arange(len(copies))
+        right = cosine[line, measured.originals].copy()
+        cosine[line, measured.originals] = -1.0
+        found = [
+            (int((right >= least).sum()), int((cosine >= least).sum()))
+            for least in descriptor.thresholds.values()
+        ]
+        everything.append(found)
+        lines.append(pair_line(transform, found, len(copies)))
+    total = np.array(everything).sum(axis=0)
+    copies_total = measured.copies.shape[0] * measured.copies.shape[1]
+    lines.append(pair_line("**all**", total.tolist(), copies_total))
+    return lines
+
+
+def pair_line(name: str, found: Sequence[Sequence[int]], copies: int) -> str:
+    cells = [
+        f"{right / copies:.3f} / " + (f"{right / (right + wrong):.3f}" if right + wrong else "-")
+        for right, wrong in found
+    ]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def group_table(descriptor: Descriptor, measured: Measured) -> list[str]:
+    """What connected components make of an original and all of its copies, and of the folder."""
+    images, (kinds, chosen, _) = len(measured.folder), measured.copies.shape
+    nodes = np.concatenate([measured.folder, measured.copies.reshape(kinds * chosen, -1)])
+    source = np.concatenate([np.arange(images), np.tile(measured.originals, kinds)])
+    columns = []
+    for least in descriptor.thresholds.values():
+        alone = linked(measured.folder, least)
+        labels = linked(nodes, least)
+        of_copy = labels[images:].reshape(kinds, chosen)
+        joined = of_copy == labels[measured.originals][None, :]  # (T, C)
+        mixed = [len(np.unique(source[labels == labels[o]])) > 1 for o in measured.originals]
+        sizes = np.bincount(labels)
+        columns.append(
+            [
+                f"{joined.all(axis=0).mean():.3f}",
+                f"{joined.mean():.3f}",
+                f"{np.mean(mixed):.3f}",
+                f"{sizes.max()}",
+                f"{1 - len(np.unique(alone)) / images:.4f}",
+            ]
+        )
+    names = (
+        "groups found whole",
+        "copies in their original's group",
+        "groups with another image in them",
+        f"largest group (right: {kinds + 1})",
+        "share of the folder itself removed as copies",
+    )
+    cells = [f"| {name} | {' | '.join(c[i] for c in columns)} |" for i, name in enumerate(names)]
+    return table_head("groups", list(descriptor.thresholds)) + cells
+
+
+def linked(rows: Rows, least: float) -> NDArray[np.int64]:
+    """The component of each row where rows at `least` cosine or more are joined."""
+    components = Components(len(rows))
+    for start in range(0, len(rows), BLOCK):
+        left, right = np.nonzero(rows[start : start + BLOCK] @ rows.T >= least)
+        components.add(left + start, right)
+    return components.labels()
+
+
+def labelled_table(descriptors: Sequence[Descriptor], labels: Path) -> list[str]:
+    """Cosine of each labelled pair (columns copy, reference, transform; paths beside the file)."""
+    lines = table_head("labelled copy", [descriptor.name for descriptor in descriptors])
+    with labels.open(newline="") as file:
+        for row in csv.DictReader(file):
+            pair = [load(labels.parent / row["copy"]), load(labels.parent / row["reference"])]
+            images = [image for image in pair if image is not None]
+            if len(images) < 2:
+                continue
+            rows = [descriptor.rows(images) for descriptor in descriptors]
+            cells = " | ".join(f"{float(r[0] @ r[1]):.3f}" for r in rows)
+            lines.append(f"| {Path(row['copy']).stem} ({row['transform']}) | {cells} |")
+    return lines
+
+
+def table_head(first: str, columns: Sequence[str]) -> list[str]:
+    return ["", f"| {first} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+
+
+def builtin_descriptors() -> list[Descriptor]:
+    own = copy_thresholds(True)
+    cosines = sorted({0.5, 0.6, 0.7, 0.8, own["min_cosine"], own["holdout_min_cosine"]})
+    return [
+        ModelDescriptor("copy descriptor", load_copy_descriptor(None), cosines),
+        ModelDescriptor(
+            "semantic encoder", load_semantic(DEMO_MODEL, None, "fp32"), (0.8, 0.9, 0.95, 0.98)
+        ),
+        PerceptualHash(),
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=Path, required=True, help="folder of photos")
+    parser.add_argument("--count", type=int, default=500, help="images to make copies of")
+    parser.add_argument("--labelled", type=Path, help="CSV of known copies, as copydet.csv")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    paths = sorted(p for p in arguments.images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not paths:
+        parser.error(f"--images {arguments.images}: holds no images")
+    torch.set_num_threads(1)
+    descriptors = builtin_descriptors()
+    measured = measure(descriptors, paths, arguments.count, arguments.seed)
+    print(f"# Copies, {date.today()}\n")
+    print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}.")
+    print(f"{len(measured[0].folder)} images, {len(TRANSFORMS)} copies of each of", end=" ")
+    print(f"{len(measured[0].originals)}, seed {arguments.seed}.")
+    for descriptor, rows in zip(descriptors, measured, strict=True):
+        print(f"\n## {descriptor.name} ({rows.folder.shape[1]} values)")
+        print("\n".join(pair_table(descriptor, rows) + group_table(descriptor, rows)))
+    if arguments.labelled:
+        print("\n## Labelled copies (cosine)")
+        print("\n".join(labelled_table(descriptors, arguments.labelled)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

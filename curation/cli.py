@@ -1,0 +1,170 @@
+"""`curate`: run a recipe, and look at what it did."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from curation import pipeline, queries, starter
+from curation.images.encoders import EncoderError
+from curation.progress import Bars
+from curation.recipe import Recipe, RecipeError, load, parse
+from curation.runtime.events import Events
+from curation.runtime.executor import Executor, InProcessExecutor
+from curation.runtime.manifest import StageReport
+from curation.runtime.store import Store, StoreError, open_store
+
+TINY_JOB_IMAGES = 2000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 when a run failed, 2 for a mistake in the recipe or the arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (RecipeError, EncoderError) as error:
+        print(f"curate: {error}", file=sys.stderr)
+        return 2
+    except StoreError as error:
+        print(f"curate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("curate: stopped; finished parts are kept, run again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="curate", description="Curate raw images for DINOv2.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], None], help: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(command=command)
+        return sub
+
+    init = add("init", _init, "write a commented starter recipe")
+    init.add_argument("path", nargs="?", default="recipe.yaml")
+    init.add_argument("--pool", metavar="URI", help="the uncurated images")
+    init.add_argument("--like", metavar="URI", help="images that show what is wanted")
+    init.add_argument("--output", metavar="URI", help="where the run goes")
+
+    run = add("run", _run, "run a recipe; goes on where an earlier run stopped")
+    run.add_argument("recipe")
+    run.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    run.add_argument(
+        "--until", choices=pipeline.STAGES, metavar="STAGE", help=", ".join(pipeline.STAGES)
+    )
+    _add_ray(run)
+
+    retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
+    retry.add_argument("run")
+    _add_ray(retry)
+
+    status = add("status", _status, "where every stage of a run stands")
+    status.add_argument("run")
+
+    why = add("why", _why, "the story of one image: what was decided, and why")
+    why.add_argument("run")
+    why.add_argument(
+        "image", metavar="KEY-OR-ID", help="its key, or its id (at least 8 digits of it)"
+    )
+
+    report = add("report", _report, "write the report again, and print the funnel")
+    report.add_argument("run")
+
+    lineage = add("lineage", _lineage, "one Parquet file with a row for every input image")
+    lineage.add_argument("run")
+    lineage.add_argument("--out", required=True, metavar="FILE.parquet")
+    return parser
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    text = "a cluster's address, `local` for a Ray of its own, `off` for this process alone"
+    parser.add_argument("--ray", metavar="ADDRESS|local|off", help=text)
+
+
+def _init(options: argparse.Namespace) -> None:
+    starter.write(options.path, options.pool, options.like, options.output)
+    print(f"wrote {options.path}; edit it, then: curate run {options.path}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    recipe = load(options.recipe, options.overrides)
+    reports = _execute(recipe, options.ray, options.until)
+    if reports[-1].stage == "report":
+        queries.print_funnel(open_store(recipe.output))
+    else:
+        print(f"done until {reports[-1].stage}; curate status {recipe.output}")
+
+
+def _retry(options: argparse.Namespace) -> None:
+    store = _open_run(options.run)
+    recipe = _recipe_of(store)
+    dropped = queries.drop_retryable(store)
+    print(f"{dropped} parts with failed or unreadable images are tried again")
+    _execute(recipe, options.ray, None, store)
+    queries.print_funnel(store)
+
+
+def _execute(
+    recipe: Recipe, ray_address: str | None, until: str | None, store: Store | None = None
+) -> list[StageReport]:
+    store = store or open_store(recipe.output)
+    with Bars() as bars:
+        events = Events(store, bars.show)
+        make = partial(_make_executor, ray_address, recipe)
+        return pipeline.run(recipe, store, make, events, until)
+
+
+def _make_executor(address: str | None, recipe: Recipe, images: int) -> Executor:
+    """Ray unless it is turned off or the job is tiny; the cluster of the Ray job we are in, if any."""
+    if address is None:
+        address = os.environ.get("RAY_ADDRESS") or ("local" if images > TINY_JOB_IMAGES else "off")
+    if address == "off":
+        return InProcessExecutor()
+    from curation.runtime.ray_executor import RayExecutor
+
+    return RayExecutor(address, recipe.resources.workers, gpus_per_worker=1)
+
+
+def _status(options: argparse.Namespace) -> None:
+    queries.print_status(_open_run(options.run))
+
+
+def _why(options: argparse.Namespace) -> None:
+    queries.print_story(_open_run(options.run), options.image)
+
+
+def _report(options: argparse.Namespace) -> None:
+    store = _open_run(options.run)
+    store.delete("report/done.json")
+    _execute(_recipe_of(store), "off", None, store)
+    queries.print_funnel(store)
+
+
+def _lineage(options: argparse.Namespace) -> None:
+    rows = queries.write_lineage(_open_run(options.run), options.out)
+    print(f"{rows} rows in {options.out}")
+
+
+def _open_run(uri: str) -> Store:
+    store = open_store(uri)
+    if not store.exists(pipeline.RECIPE_FILE):
+        raise StoreError(f"{uri}: not a run (no {pipeline.RECIPE_FILE} there)")
+    return store
+
+
+def _recipe_of(store: Store) -> Recipe:
+    where = store.locate(pipeline.RECIPE_FILE)
+    return parse(store.read(pipeline.RECIPE_FILE).decode(), where, [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""Pixels to unit-norm vectors: the semantic encoder (a timm ViT) and the copy descriptor (SSCD).
+
+Both are `VectorModel`s: `prepare` makes the uint8 input of one image, calling it turns a batch of
+those into unit-norm fp32 rows. Weights come as bytes: fetching them is the caller's work.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+DEMO_MODEL = "lvd_demo"
+BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descriptor.safetensors"}
+# Thresholds of SSCD's TorchScript models: DINOv2, app. A.3.
+SSCD_THRESHOLDS = {"min_cosine": 0.6, "holdout_min_cosine": 0.45}
+SSCD_SIDE = 320  # SSCD's own choice for batches: the image squashed to 320 x 320
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+Pixels = npt.NDArray[np.uint8]
+Vectors = npt.NDArray[np.float32]
+
+
+class EncoderError(Exception):
+    """A model or weights that can't be used: names the recipe field and what would be right."""
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """How an image becomes the (3, size, size) input. `short_side` None squashes it to a square."""
+
+    size: int
+    short_side: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """An RGB image as (3, size, size) uint8: bicubic, then a centre crop."""
+        if self.short_side is None:
+            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        else:
+            scale = self.short_side / min(image.size)
+            width, height = (max(self.size, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+class VectorModel:
+    """A network with its input format. `dim` is the length of its vectors."""
+
+    def __init__(self, name: str, net: nn.Module, form: InputFormat, precision: str) -> None:
+        self.name = name
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.net = net.to(self.device, self.dtype).eval()
+        self.form = form
+        self._mean = torch.tensor(form.mean, device=self.device).mul(255).view(1, 3, 1, 1)
+        self._std = torch.tensor(form.std, device=self.device).mul(255).view(1, 3, 1, 1)
+        self.dim = self(np.zeros((1, 3, form.size, form.size), np.uint8)).shape[1]
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        return self.form.prepare(image)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Pixels) -> Vectors:
+        """(B, 3, S, S) uint8 -> (B, D) fp32 unit rows; a row that isn't finite comes as NaN."""
+        pixels = torch.from_numpy(batch).to(self.device)
+        features = self.net(((pixels - self._mean) / self._std).to(self.dtype)).float()
+        rows: Vectors = normalize(features, dim=1, eps=1e-12).cpu().numpy()
+        return rows
+
+
+def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorModel:
+    """A timm model by name; `weights` None means the hub's. Raises EncoderError."""
+    if model == DEMO_MODEL:
+        return _builtin("semantic", precision)
+    import timm
+    from timm.data import resolve_model_data_config
+
+    if not timm.is_model(model):
+        near = ", ".join(timm.list_models(f"*{model.split('.')[0][:12]}*")[:5])
+        raise EncoderError(
+            f"encoder.model: timm has no model '{model}'" + (f"; similar: {near}" if near else "")
+        )
+    try:
+        net = timm.create_model(model, pretrained=weights is None, num_classes=0)
+    except Exception as error:  # the hub client raises many types when it can't reach the hub
+        raise EncoderError(
+            f"encoder.weights: hub: '{model}' can't be downloaded ({type(error).__name__}); give a"
+            f" local file or s3:// uri of its weights, or use model: {DEMO_MODEL} to try things out"
+        ) from None
+    if weights is not None:
+        _load_exactly(net, _state_dict(weights, "encoder.weights"), model)
+    config = resolve_model_data_config(net)
+    size = int(config["input_size"][1])
+    form = InputFormat(
+        size, round(size / config["crop_pct"]), tuple(config["mean"]), tuple(config["std"])
+    )
+    return VectorModel(model, net, form, precision)
+
+
+def load_copy_descriptor(weights: bytes | None) -> VectorModel:
+    """An SSCD TorchScript file's bytes, or None for the built-in descriptor. Raises EncoderError."""
+    if weights is None:
+        return _builtin("copy", "fp32")
+    try:
+        net = torch.jit.load(io.BytesIO(weights), map_location="cpu")
+    except (RuntimeError, ValueError) as error:
+        raise EncoderError(
+            "copy_descriptor.weights: not a TorchScript file; SSCD's are named *.torchscript.pt"
+            f" ({str(error).splitlines()[0][:100]})"
+        ) from None
+    form = InputFormat(SSCD_SIDE, None, IMAGENET_MEAN, IMAGENET_STD)
+    return VectorModel("torchscript", net, form, "fp32")
+
+
+class CopyHead(nn.Module):
+    """The built-in copy descriptor: a linear layer over the CLS token and GeM-pooled patches.
+
+    A constant component may follow, which maps a cosine c to (c + a) / (1 + a), so that thresholds
+    lie on SSCD's scale.
+    """
+
+    def __init__(self, backbone: nn.Module, width: int, dim: int, gem_p: float, a: float) -> None:
+        super().__init__()
+        self.backbone, self.gem_p, self.a = backbone, gem_p, a
+        self.head = nn.Linear(2 * width, dim)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, dim) unit rows, or dim + 1 with the constant."""
+        tokens: Tensor = self.backbone.forward_features(pixels)  # type: ignore[operator]
+        patches = tokens[:, 1:].clamp(min=1e-6).pow(self.gem_p).mean(dim=1).pow(1 / self.gem_p)
+        rows = normalize(self.head(torch.cat([tokens[:, 0], patches], dim=1)), dim=1)
+        if not self.a:
+            return rows
+        constant = rows.new_full((len(rows), 1), (self.a / (1 + self.a)) ** 0.5)
+        return torch.cat([rows * (1 / (1 + self.a)) ** 0.5, constant], dim=1)
+
+
+def copy_thresholds(builtin: bool) -> dict[str, float]:
+    """`min_cosine` and `holdout_min_cosine` that belong to the copy descriptor."""
+    if not builtin:
+        return SSCD_THRESHOLDS
+    thresholds: dict[str, float] = describe_builtin("copy")["thresholds"]
+    return thresholds
+
+
+def describe_builtin(kind: str) -> dict[str, Any]:
+    """The card of a built-in model (`semantic` or `copy`): architecture, input, figures."""
+    data = _builtin_bytes(kind)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    card: dict[str, Any] = json.loads(header["__metadata__"]["lvd"])
+    return card
+
+
+def builtin_digest(kind: str) -> str:
+    """Identity of a built-in model's weights: sha256 of its file."""
+    return hashlib.sha256(_builtin_bytes(kind)).hexdigest()
+
+
+def _builtin_bytes(kind: str) -> bytes:
+    return (resources.files("curation.images") / "weights" / BUILTIN_FILES[kind]).read_bytes()
+
+
+def _builtin(kind: str, precision: str) -> VectorModel:
+    from timm.models.vision_transformer import VisionTransformer
+
+    card, state = describe_builtin(kind), load_safetensors(_builtin_bytes(kind))
+    net: nn.Module = VisionTransformer(**card["arch"])
+    if kind == "copy":
+        head = card["head"]
+        width = card["arch"]["embed_dim"]
+        rows = state["head.weight"].shape[0]
+        net = CopyHead(net, width, rows, head["gem_p"], head["constant"])
+    net.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
+    given = card["input"]
+    short = None if given["resize"] == "squash" else int(given["resize"].split("_")[2])
+    form = InputFormat(given["size"], short, tuple(given["mean"]), tuple(given["std"]))
+    return VectorModel(card["name"], net, form, precision)
+
+
+def _state_dict(data: bytes, field: str) -> dict[str, Tensor]:
+    try:
+        state: Any = load_safetensors(data)
+    except Exception:  # safetensors has its own error type for anything it can't parse
+        try:
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception:
+            raise EncoderError(
+                f"{field}: neither a safetensors file nor a torch state dict"
+            ) from None
+    for key in ("model", "state_dict", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    return {name: value.float() for name, value in state.items()}
+
+
+def _load_exactly(net: nn.Module, state: dict[str, Tensor], model: str) -> None:
+    """Every weight of the network must be in the file, in its shape; a classifier there is ignored."""
+    wanted = net.state_dict()
+    missing = [name for name in wanted if name not in state]
+    wrong = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    extra = [n for n in state if n not in wanted and not n.startswith(("head.", "head_dist."))]
+    if missing or wrong or extra:
+        first = [f"missing {n}" for n in missing] + wrong + [f"unknown {n}" for n in extra]
+        raise EncoderError(
+            f"encoder.weights: not the weights of timm's {model} ({len(first)} differences:"
+            f" {'; '.join(first[:3])})"
+        )
+    net.load_state_dict({name: state[name] for name in wanted})

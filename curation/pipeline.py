@@ -1,0 +1,177 @@
+"""The pipeline on one page: what each stage is given, in order. Read this first.
+
+A stage runs when its fingerprint is new: the hash of its config and of the stages it reads. One that
+is done is passed over, one that was killed goes on with the parts it has.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from curation.images.decode import Limits
+from curation.images.encoders import DEMO_MODEL, builtin_digest, copy_thresholds
+from curation.recipe import Recipe, RecipeError, dump
+from curation.runtime.events import Events
+from curation.runtime.executor import Executor
+from curation.runtime.manifest import StageReport, completed, fingerprint
+from curation.runtime.store import Store, StoreError, open_store, split_uri
+from curation.schema import VERSIONS
+from curation.stages import cluster, dedup, embed, ingest, lineage, report, retrieve, shards
+
+STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
+RECIPE_FILE = "recipe.yaml"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage ready to run: what its fingerprint covers, the stages it reads, and what to call."""
+
+    name: str
+    identity: Any
+    reads: tuple[str, ...]
+    run: Callable[[str, Store, Executor, Events], StageReport]
+
+
+def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
+    """The ordered stages of a recipe. Raises StoreError when weights can't be found."""
+    r = recipe
+    embed_cfg = embed_config(r)
+    search = {"exact_below": r.search.exact_below, "target_recall": r.search.target_recall}
+    common = {"embedding": embed_cfg.embedding, "seed": r.seed}
+    given = r.dedup.model_dump(exclude_none=True)
+    thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
+    ingest_cfg = ingest_config(r)
+    dedup_cfg = dedup.DedupConfig(**{**thresholds, **given, **search, **common})
+    cluster_cfg = cluster.ClusterConfig(**{**r.cluster.model_dump(), **common})
+    retrieve_cfg = retrieve.RetrieveConfig(sets=_sets(r), **search, **common)
+    shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
+    lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
+    report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed)
+
+    def stage(name: str, cfg: Any, reads: tuple[str, ...], run: Any) -> Stage:
+        return Stage(name, dataclasses.asdict(cfg), reads, lambda f, s, x, e: run(cfg, f, s, x, e))
+
+    def ingest_run(f: str, store: Store, executor: Executor, events: Events) -> StageReport:
+        return ingest.run(ingest_cfg, surveys, f, store, executor, events)
+
+    return [
+        Stage("ingest", ingest.identity(ingest_cfg, surveys), (), ingest_run),
+        stage("embed", embed_cfg, ("ingest",), embed.run),
+        stage("dedup", dedup_cfg, ("embed",), dedup.run),
+        stage("cluster", cluster_cfg, ("dedup",), cluster.run),
+        stage("retrieve", retrieve_cfg, ("dedup", "cluster"), retrieve.run),
+        stage("shards", shards_cfg, ("retrieve",), shards.run),
+        stage("lineage", lineage_cfg, ("shards",), lineage.run),
+        stage("report", report_cfg, ("lineage",), report.run),
+    ]
+
+
+def run(
+    recipe: Recipe,
+    store: Store,
+    make_executor: Callable[[int], Executor],
+    events: Events,
+    until: str | None = None,
+) -> list[StageReport]:
+    """Runs what is not done yet, up to and including `until`; returns every stage's report.
+
+    `make_executor` is called with the number of images found, and only when there is work.
+    Errors: StoreError, EncoderError, RecipeError, each for people.
+    """
+    surveys = ingest.survey(ingest_config(recipe))
+    store.write(RECIPE_FILE, dump(recipe).encode())
+    executor: Executor | None = None
+    prints: dict[str, str] = {}
+    reports = []
+    try:
+        for stage in plan(recipe, surveys):
+            inputs = [prints[name] for name in stage.reads]
+            prints[stage.name] = fingerprint(
+                stage.name, VERSIONS[stage.name], stage.identity, inputs
+            )
+            done = completed(store, stage.name, prints[stage.name])
+            if done is None:
+                executor = executor or make_executor(sum(s.estimate() for s in surveys))
+                done = stage.run(prints[stage.name], store, executor, events)
+            reports.append(done)
+            if stage.name == until:
+                break
+    finally:
+        if executor is not None:
+            executor.close()
+        events.flush()
+    return reports
+
+
+def ingest_config(recipe: Recipe) -> ingest.IngestConfig:
+    """All sources in the order of the images' numbers: curated sets, holdout sets, pool."""
+    named = [("curated", recipe.sources.curated), ("holdout", recipe.sources.holdout)]
+    specs = [
+        ingest.SourceSpec(f"sources.{role}.{name}", role, name, source.uri, source.format)
+        for role, sets in named
+        for name, source in sets.items()
+    ]
+    for number, source in enumerate(recipe.sources.pool):
+        field = f"sources.pool.{number}"
+        specs.append(ingest.SourceSpec(field, "pool", "", source.uri, source.format))
+    return ingest.IngestConfig(tuple(specs), recipe.resources.part_images)
+
+
+def embed_config(recipe: Recipe) -> embed.EmbedConfig:
+    """Models and limits, with the identity of the weights' content settled."""
+    r = recipe
+    weights = "builtin" if r.encoder.model == DEMO_MODEL else r.encoder.weights
+    versions = [
+        _weights_version("encoder.weights", weights, "semantic", r.encoder.model),
+        _weights_version("copy_descriptor.weights", r.copy_descriptor.weights, "copy", ""),
+    ]
+    return embed.EmbedConfig(
+        model=r.encoder.model,
+        weights=weights,
+        precision=r.encoder.precision,
+        batch=r.encoder.batch,
+        copy_weights=r.copy_descriptor.weights,
+        weights_version=" ".join(versions),
+        limits=Limits(**r.images.model_dump()),
+        max_rejected_share=r.failures.max_share,
+        min_images=r.failures.min_images,
+    )
+
+
+def _weights_version(field: str, weights: str, kind: str, model: str) -> str:
+    if weights == "builtin":
+        return builtin_digest(kind)
+    if weights == "hub":
+        return f"hub:{model}"
+    root, name = split_uri(weights)
+    try:
+        store = open_store(root)
+        if weights.startswith("s3://"):
+            return store.stat(name).version
+        digest = hashlib.sha256()
+        with store.open(name) as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
+    except StoreError as error:
+        raise RecipeError(f"{field}: {error}; give a file, an s3:// uri or leave it out") from None
+
+
+def _sets(recipe: Recipe) -> tuple[retrieve.SetConfig, ...]:
+    sets = []
+    for name, source in recipe.sources.curated.items():
+        sample, draw = source.sample, source.cluster
+        sets.append(
+            retrieve.SetConfig(
+                name=name,
+                as_is=source.as_is,
+                k=sample.k if sample else 0,
+                collisions=sample.collisions if sample else "merge",
+                per_cluster=draw.per_cluster if draw else 0,
+                min_queries=draw.min_queries if draw else 0,
+                cap=draw.cap if draw else 0,
+            )
+        )
+    return tuple(sets)

@@ -1,0 +1,319 @@
+"""The recipe: the YAML a user writes, as frozen models, with all faults reported at once."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+
+class RecipeError(Exception):
+    """One or more faults of a recipe; the message lists them all, a line each."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Source(_Model):
+    """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri."""
+
+    uri: str = Field(min_length=1)
+    format: Literal["folder", "webdataset", "parquet"] | None = None
+
+
+class Sample(_Model):
+    """The k nearest pool images of every image of the set (DINOv2, app. A.4)."""
+
+    k: int = Field(4, ge=1, le=1000)
+    collisions: Literal["merge", "backfill"] = "merge"
+
+
+class ClusterDraw(_Model):
+    """Random draws from each cluster that holds at least `min_queries` images of the set."""
+
+    per_cluster: int = Field(10_000, ge=1)
+    min_queries: int = Field(4, ge=1)
+    cap: int = Field(1_000_000, ge=1)
+
+
+class Mode(_Model):
+    """One entry of a set's `retrieve` list: exactly one of these."""
+
+    as_is: bool | None = None
+    sample: Sample | None = None
+    cluster: ClusterDraw | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value == "as_is":
+                return {"as_is": True}
+            if value in ("sample", "cluster"):
+                return {value: {}}
+            raise ValueError("must be as_is, {sample: {k: 4}} or {cluster: {per_cluster: 10000}}")
+        if isinstance(value, dict) and len(value) != 1:
+            raise ValueError("must hold exactly one of as_is, sample, cluster")
+        return value
+
+
+class CuratedSource(Source):
+    """A set of images that show what is wanted, and how the pool is searched with it."""
+
+    retrieve: tuple[Mode, ...] = Field((Mode(as_is=True), Mode(sample=Sample())), min_length=1)
+
+    @field_validator("retrieve")
+    @classmethod
+    def _each_once(cls, modes: tuple[Mode, ...]) -> tuple[Mode, ...]:
+        names = [name for mode in modes for name in mode.model_fields_set]
+        if len(names) != len(set(names)):
+            raise ValueError("names the same mode twice")
+        return modes
+
+    @property
+    def as_is(self) -> bool:
+        return any(mode.as_is for mode in self.retrieve)
+
+    @property
+    def sample(self) -> Sample | None:
+        return next((mode.sample for mode in self.retrieve if mode.sample), None)
+
+    @property
+    def cluster(self) -> ClusterDraw | None:
+        return next((mode.cluster for mode in self.retrieve if mode.cluster), None)
+
+
+class Sources(_Model):
+    """`pool` is searched, `curated` says what for, and nothing near `holdout` may stay."""
+
+    pool: tuple[Source, ...] = Field(min_length=1)
+    curated: dict[str, CuratedSource] = Field(min_length=1)
+    holdout: dict[str, Source] = Field(default_factory=dict)
+
+    @field_validator("curated", "holdout")
+    @classmethod
+    def _plain_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not NAME.match(name):
+                raise ValueError(f"set name {name!r} must be letters, digits, '.', '_' and '-'")
+        return value
+
+
+class Images(_Model):
+    """What is accepted as an image; everything else is rejected with its reason."""
+
+    min_side: int = Field(32, ge=1)
+    max_pixels: int = Field(100_000_000, ge=1)
+    max_bytes: int = Field(100_000_000, ge=1)
+    max_aspect: float = Field(10.0, ge=1)
+
+
+class Encoder(_Model):
+    """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in."""
+
+    model: str = "vit_base_patch16_224.augreg_in21k"
+    weights: str = "hub"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    batch: int = Field(16, ge=1)
+
+
+class CopyDescriptor(_Model):
+    """An SSCD TorchScript file by uri; left out: the small one that comes with LVD."""
+
+    weights: str = "builtin"
+
+
+class Dedup(_Model):
+    """Near-duplicates (DINOv2, app. A.3). Thresholds left out are the copy descriptor's own."""
+
+    k: int = Field(64, ge=1, le=1024)
+    min_cosine: float | None = Field(None, gt=-1, le=1)
+    holdout_min_cosine: float | None = Field(None, gt=-1, le=1)
+    max_component: int = Field(1000, ge=2)
+
+
+class Cluster(_Model):
+    """Spherical k-means of the kept pool, trained on a sample of it."""
+
+    k: int = Field(100_000, ge=1)
+    iterations: int = Field(20, ge=1, le=1000)
+    sample_per_centroid: int = Field(256, ge=1)
+
+
+class Search(_Model):
+    """How neighbours are found. Up to `exact_below` base images every pair is compared."""
+
+    exact_below: int = Field(200_000, ge=0)
+    target_recall: float = Field(0.99, gt=0, le=1)
+
+
+class Shards(_Model):
+    """The WebDataset that is written."""
+
+    images_per_shard: int = Field(10_000, ge=1)
+
+
+class Failures(_Model):
+    """The budget: a run that rejects more than this share (and more than `min_images`) stops."""
+
+    max_share: float = Field(0.5, ge=0, le=1)
+    min_images: int = Field(1000, ge=0)
+
+
+class Resources(_Model):
+    """Workers (all cores or GPUs when left out) and how many images make a part."""
+
+    workers: int | None = Field(None, ge=1)
+    part_images: int = Field(2048, ge=1, le=1_000_000)
+
+
+class Recipe(_Model):
+    """The whole recipe; `curate init` writes a commented one."""
+
+    name: str
+    output: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    sources: Sources
+    images: Images = Images()
+    encoder: Encoder = Encoder()
+    copy_descriptor: CopyDescriptor = CopyDescriptor()
+    dedup: Dedup = Dedup()
+    cluster: Cluster = Cluster()
+    search: Search = Search()
+    shards: Shards = Shards()
+    failures: Failures = Failures()
+    resources: Resources = Resources()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError("must be letters, digits, '.', '_' and '-', at most 64")
+        return value
+
+    @model_validator(mode="after")
+    def _output_is_no_source(self) -> Self:
+        output = self.output.rstrip("/") + "/"
+        sources = [*self.sources.pool, *self.sources.curated.values()]
+        for source in [*sources, *self.sources.holdout.values()]:
+            if output.startswith(source.uri.rstrip("/") + "/"):
+                raise ValueError(f"output {self.output} lies inside the source {source.uri}")
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: '{key}' is given twice")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe file with `a.b=value` overrides. Raises RecipeError that lists every fault."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; `curate init` writes a starter recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read as a UTF-8 text file: {error}") from None
+    return parse(text, str(path), overrides or [])
+
+
+def parse(text: str, where: str, overrides: list[str]) -> Recipe:
+    """A recipe from YAML text; `where` names it in errors."""
+    try:
+        data = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}," if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise RecipeError(f"{where}:{line} not valid YAML: {problem}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of name, output, sources, …")
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = _faults(error, data)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise RecipeError("\n".join([f"{where}: {count}", *(f"  {x}" for x in faults)])) from None
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {text}: write it as path=value, as in dedup.min_cosine=0.7")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {text}: the value is not valid YAML") from None
+    at: Any = data
+    *parents, last = path.split(".")
+    try:
+        for key in parents:
+            at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        at[int(last) if isinstance(at, list) else last] = parsed
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise RecipeError(f"--set {text}: there is no place '{path}' in the recipe") from None
+
+
+def _faults(error: ValidationError, data: Any) -> list[str]:
+    """One line a fault: dotted path, value, what is allowed, the nearest key."""
+    lines = []
+    for fault in error.errors():
+        path = ".".join(str(x) for x in fault["loc"]) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            allowed = _keys_at(fault["loc"][:-1])
+            near = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            message = f"no such key{hint} (allowed: {', '.join(allowed)})"
+        elif fault["type"] == "missing":
+            message = "is missing"
+        else:
+            message = f"{message}, got {_short(fault['input'])}"
+        lines.append(f"{path}: {message}")
+    return lines
+
+
+def _keys_at(path: tuple[int | str, ...]) -> list[str]:
+    """The keys allowed at a path of the recipe."""
+    model: type[BaseModel] = Recipe
+    inside_container = False
+    for step in path:
+        if inside_container:  # the step is a list index or a set's name
+            inside_container = False
+            continue
+        annotation = model.model_fields[str(step)].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(x for x in options if isinstance(x, type) and issubclass(x, BaseModel))
+        inside_container = get_origin(annotation) in (dict, tuple)
+    return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,162 @@
+"""Work over parts: the Executor protocol, the in-process one, and `map_parts`, which all stages use.
+
+A worker is a plain class: `__init__` loads what it needs once, `__call__(item)` does one part,
+writes its output to the store and returns counts. What a part did is in the store, not in memory.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from curation.runtime.events import Events, Progress
+from curation.runtime.store import StoreError
+
+Counts = dict[str, Any]
+
+
+class Worker(Protocol):
+    def __call__(self, item: Any) -> Counts: ...
+
+
+MakeWorker = Callable[[], Worker]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of item number `item`: its counts, or the error that stopped it."""
+
+    item: int
+    counts: Counts | None
+    error: str = ""
+
+
+class Executor(Protocol):
+    """Maps items over workers; outcomes come in any order, one for every item."""
+
+    workers: int
+
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
+        """None in between means: nothing finished yet, still alive."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line: its type unless the message is made for people."""
+    text = " ".join(str(error).split())[:500]
+    return text if isinstance(error, StoreError) else f"{type(error).__name__}: {text}"
+
+
+def one_thread() -> None:
+    """One maths thread a worker: results must not depend on how many cores a machine has."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class InProcessExecutor:
+    """One worker, here: for tests and for jobs too small to start Ray for."""
+
+    workers = 1
+
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
+        if not items:
+            return
+        one_thread()
+        worker = make_worker()
+        for number, item in enumerate(items):
+            try:
+                outcome = Outcome(number, worker(item))
+            except Exception as error:  # the part boundary: recorded, the rest goes on
+                outcome = Outcome(number, None, describe(error))
+            yield outcome
+        del worker
+        gc.collect()
+
+    def close(self) -> None:
+        return
+
+
+class TooManyFailures(Exception):
+    """The run lost more than its failure budget allows."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One unit of work for `map_parts`: a name for people, its images, and what the worker gets."""
+
+    name: str
+    images: int
+    payload: Any
+
+
+@dataclass
+class MapResult:
+    """Sums over all items: counts made now, items reused, and the items that failed with why."""
+
+    counts: dict[str, float] = field(default_factory=dict)
+    computed: int = 0
+    reused: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def map_parts(
+    stage: str,
+    items: Sequence[Item],
+    finished: Callable[[Item], bool],
+    make_worker: MakeWorker,
+    executor: Executor,
+    events: Events,
+) -> MapResult:
+    """Runs every item that is not `finished` yet, with progress. Failed items are returned, not raised.
+
+    Workers return counts; the key `faults` (reason -> images) goes to the progress.
+    """
+    result = MapResult()
+    progress = Progress(events, stage, sum(item.images for item in items), executor.workers)
+    todo = []
+    for item in items:
+        if finished(item):
+            result.reused += 1
+            progress.skip(item.images)
+        else:
+            todo.append(item)
+    state = "stopped"
+    try:
+        for outcome in executor.map(make_worker, [item.payload for item in todo]):
+            if outcome is None:
+                progress.beat()
+                continue
+            item = todo[outcome.item]
+            if outcome.counts is None:
+                result.failed[item.name] = outcome.error
+                progress.fail(item.name, item.images, outcome.error)
+                continue
+            result.computed += 1
+            faults = outcome.counts.pop("faults", {})
+            for name, value in outcome.counts.items():
+                result.counts[name] = result.counts.get(name, 0) + value
+            progress.add(item.name, item.images, faults)
+        state = "failed" if result.failed else "done"
+    finally:
+        progress.close(state, "; ".join(list(result.failed.values())[:1]))
+    return result
+
+
+def require_all(result: MapResult, stage: str) -> None:
+    """For stages that can't go on without every part. Raises StoreError with the first reasons."""
+    if result.failed:
+        shown = "; ".join(f"{name}: {why}" for name, why in list(result.failed.items())[:3])
+        raise StoreError(
+            f"{stage}: {len(result.failed)} of {len(result.failed) + result.computed} parts failed"
+            f" ({shown}). Finished parts are kept: run again to try the others."
+        )
+
+
+def timer() -> Callable[[], float]:
+    """Seconds since now."""
+    start = time.monotonic()
+    return lambda: round(time.monotonic() - start, 3)

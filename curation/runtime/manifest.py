@@ -1,0 +1,71 @@
+"""What is done: fingerprints and completion markers, kept in the run itself.
+
+A stage's folder holds `started.json` (the fingerprint its files belong to) and, once every file is
+there, `done.json` (the same fingerprint and the counts). A stage whose fingerprint has changed
+starts over; one that was killed goes on with the files it has.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from curation.runtime.store import Store, StoreError
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A finished stage: what it counted, and what a reader needs to find its tables."""
+
+    stage: str
+    fingerprint: str
+    counts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def fingerprint(*parts: Any) -> str:
+    """sha256 over the canonical JSON of the parts: equal exactly when nothing that matters changed."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_report(store: Store, stage: str) -> StageReport | None:
+    """The marker of a completed stage, or None."""
+    path = f"{stage}/done.json"
+    if not store.exists(path):
+        return None
+    try:
+        return StageReport(**json.loads(store.read(path)))
+    except (ValueError, TypeError):
+        raise StoreError(
+            f"{store.locate(path)}: not a stage marker; delete it and run again"
+        ) from None
+
+
+def completed(store: Store, stage: str, wanted: str) -> StageReport | None:
+    """The marker, if the stage is complete for exactly this fingerprint."""
+    report = read_report(store, stage)
+    return report if report is not None and report.fingerprint == wanted else None
+
+
+def begin(store: Store, stage: str, wanted: str, keep: tuple[str, ...] = ()) -> None:
+    """Makes the stage's folder ready: files of another fingerprint go, the marker first.
+
+    Folders in `keep` hold content-addressed files, which stay valid whatever the recipe says.
+    """
+    started = f"{stage}/started.json"
+    if store.exists(started) and json.loads(store.read(started))["fingerprint"] == wanted:
+        return
+    store.delete(f"{stage}/done.json")
+    for entry in list(store.list(stage)):
+        if not entry.path.startswith(tuple(f"{stage}/{name}/" for name in keep)):
+            store.delete(entry.path)
+    store.write(started, json.dumps({"fingerprint": wanted}).encode())
+
+
+def finish(store: Store, report: StageReport) -> StageReport:
+    """Publishes the marker: from here on the stage is complete."""
+    store.write(
+        f"{report.stage}/done.json", json.dumps(asdict(report), sort_keys=True, indent=1).encode()
+    )
+    return report

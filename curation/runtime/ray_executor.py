@@ -1,0 +1,159 @@
+"""The only file that imports ray: actors over parts.
+
+Each actor holds one worker (the model is loaded once) and has at most two items, so that the next
+one is there when the first ends. The bookkeeping is here, not in Ray's queues: an actor that dies
+gives its items back and is replaced, so that a lost node never takes work with it; actors that
+can't be placed simply get none; nodes that join are used.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from curation.runtime.executor import MakeWorker, Outcome, one_thread
+from curation.runtime.store import StoreError
+
+IN_FLIGHT = 2
+ATTEMPTS = 3
+POLL_S = 1.0
+RESIZE_S = 10.0
+
+
+class _Actor:
+    def __init__(self, make_worker: MakeWorker) -> None:
+        one_thread()
+        self._make_worker = make_worker
+        self._worker: Any = None
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def work(self, item: Any) -> Any:
+        if self._worker is None:
+            self._worker = self._make_worker()
+        return self._worker(item)
+
+
+class RayExecutor:
+    """`address`: `local` for a Ray of its own on this machine, else a cluster (`auto`, host:port)."""
+
+    def __init__(
+        self, address: str, workers: int | None = None, gpus_per_worker: float = 0
+    ) -> None:
+        try:
+            ray.init(
+                address=address,
+                num_cpus=workers if address == "local" else None,
+                include_dashboard=False if address == "local" else None,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"--ray {address}: no Ray cluster answers there ({type(error).__name__}:"
+                f" {' '.join(str(error).split())[:200]}); use an address, `local` or `off`"
+            ) from None
+        self._limit = workers
+        self._gpus = gpus_per_worker if ray.cluster_resources().get("GPU") else 0
+        self.workers = self._capacity()
+
+    def _capacity(self) -> int:
+        have = ray.cluster_resources()
+        fits = have.get("GPU", 0) / self._gpus if self._gpus else have.get("CPU", 1)
+        return max(1, min(int(fits), self._limit or int(fits)))
+
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
+        pool = _Pool(make_worker, items, self._gpus)
+        try:
+            resized = 0.0
+            while pool.unfinished:
+                if time.monotonic() - resized > RESIZE_S:
+                    self.workers, resized = self._capacity(), time.monotonic()
+                pool.grow(min(self.workers, pool.unfinished))
+                outcomes = pool.step()
+                yield from outcomes
+                if not outcomes:
+                    yield None
+        finally:
+            pool.close()
+
+    def close(self) -> None:
+        ray.shutdown()
+
+
+class _Pool:
+    """Items and actors of one `map`."""
+
+    def __init__(self, make_worker: MakeWorker, items: Sequence[Any], gpus: float) -> None:
+        self._make_worker, self._items = make_worker, items
+        self._class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
+        self._queue = deque(range(len(items)))
+        self._attempts = [0] * len(items)
+        self._running: dict[Any, tuple[Any, int]] = {}  # result ref -> (actor, item)
+        self._starting: dict[Any, Any] = {}  # ready ref -> actor
+        self._held: dict[Any, list[int]] = {}  # ready actor -> its items, the running one first
+        self.unfinished = len(items)
+
+    def grow(self, wanted: int) -> None:
+        make_worker = self._make_worker
+        for _ in range(wanted - len(self._held) - len(self._starting)):
+            actor = self._class.remote(make_worker)
+            self._starting[actor.ready.remote()] = actor
+
+    def step(self) -> list[Outcome]:
+        """Hands out work, waits a moment, and collects what has ended."""
+        for actor, held in self._held.items():
+            while len(held) < IN_FLIGHT and self._queue:
+                item = self._queue.popleft()
+                self._running[actor.work.remote(self._items[item])] = (actor, item)
+                held.append(item)
+        refs = [*self._running, *self._starting]
+        ended, _ = ray.wait(refs, num_returns=1, timeout=POLL_S)
+        outcomes = [self._collect(ref) for ref in ended]
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def _collect(self, ref: Any) -> Outcome | None:
+        if ref in self._starting:
+            actor = self._starting.pop(ref)
+            try:
+                ray.get(ref)
+            except RayActorError:
+                return None  # replaced by the next `grow`
+            self._held[actor] = []
+            return None
+        actor, item = self._running.pop(ref)
+        try:
+            outcome = Outcome(item, ray.get(ref))
+        except RayActorError as error:
+            held = self._held.pop(actor, [])
+            if held:  # only the item that was running can be to blame
+                self._attempts[held[0]] += 1
+            return self._lost(item, error)
+        except RayTaskError as error:
+            cause = getattr(error, "cause", error)
+            name = "" if isinstance(cause, StoreError) else f"{type(cause).__name__}: "
+            outcome = Outcome(item, None, name + " ".join(str(cause).split())[:500])
+        if actor in self._held:
+            self._held[actor].remove(item)
+        self.unfinished -= 1
+        return outcome
+
+    def _lost(self, item: int, error: RayActorError) -> Outcome | None:
+        """The worker died with this item: try again elsewhere, a few times."""
+        if self._attempts[item] < ATTEMPTS:
+            self._queue.appendleft(item)
+            return None
+        self.unfinished -= 1
+        return Outcome(
+            item, None, f"worker_died: {ATTEMPTS} workers died on this part ({error})"[:500]
+        )
+
+    def close(self) -> None:
+        for actor in [*self._held, *self._starting.values()]:
+            ray.kill(actor)

@@ -1,0 +1,180 @@
+"""The S3 side of `store`: boto3 against any endpoint (AWS_ENDPOINT_URL), reads by range."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from curation.runtime.store import Entry, StoreError
+
+READ_AHEAD_BYTES = 1 << 20
+PART_BYTES = 16 << 20
+
+
+class S3Store:
+    """A prefix of a bucket. Credentials and endpoint come from boto3's usual chain."""
+
+    def __init__(self, uri: str) -> None:
+        bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+        if not bucket:
+            raise StoreError(f"{uri}: no bucket named; write s3://bucket/prefix")
+        self.uri = uri.rstrip("/")
+        self.bucket, self.prefix = bucket, prefix.rstrip("/")
+        self._client: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    @property
+    def client(self) -> Any:
+        """A client of this process: boto3 clients must not cross a fork or a pickle."""
+        if self._client is None:
+            import boto3
+            from botocore.config import Config
+
+            retries: Any = {"max_attempts": 8, "mode": "adaptive"}
+            config = Config(
+                retries=retries,
+                connect_timeout=10,
+                read_timeout=60,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            )
+            self._client = boto3.client("s3", config=config)
+        return self._client
+
+    def locate(self, path: str) -> str:
+        return f"{self.uri}/{path}" if path else self.uri
+
+    def _key(self, path: str) -> str:
+        return "/".join(x for x in (self.prefix, path) if x)
+
+    @contextlib.contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        from boto3.exceptions import Boto3Error
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            yield
+        except ClientError as error:
+            raise StoreError(f"{self.locate(path)}: {self._explain(error)}") from None
+        except (BotoCoreError, Boto3Error) as error:
+            raise StoreError(f"{self.locate(path)}: {error}") from None
+
+    def _explain(self, error: Any) -> str:
+        code = str(error.response.get("Error", {}).get("Code", ""))
+        known = {
+            "NoSuchBucket": f"bucket '{self.bucket}' does not exist",
+            "404": "no such object",
+            "NoSuchKey": "no such object",
+            "AccessDenied": "access denied; check the credentials and the bucket's policy",
+            "403": "access denied; check the credentials and the bucket's policy",
+            "InvalidAccessKeyId": "the access key is not known; check AWS_ACCESS_KEY_ID",
+            "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+            "ExpiredToken": "the session token has expired; refresh the credentials",
+        }
+        return known.get(code, str(error))
+
+    def exists(self, path: str) -> bool:
+        from botocore.exceptions import ClientError
+
+        with self._errors(path):
+            try:
+                self.client.head_object(Bucket=self.bucket, Key=self._key(path))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+                    return False
+                raise
+        return True
+
+    def stat(self, path: str) -> Entry:
+        with self._errors(path):
+            head = self.client.head_object(Bucket=self.bucket, Key=self._key(path))
+        return Entry(path, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
+
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        extra: dict[str, str] = {}
+        if length is not None:
+            if length <= 0:
+                return b""
+            extra["Range"] = f"bytes={start}-{start + length - 1}"
+        elif start:
+            extra["Range"] = f"bytes={start}-"
+        with self._errors(path):
+            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(path), **extra)
+            return bytes(answer["Body"].read())
+
+    def open(self, path: str) -> BinaryIO:
+        raw = _RangeReader(self, path, self.stat(path).size)
+        return cast(BinaryIO, io.BufferedReader(raw, READ_AHEAD_BYTES))
+
+    def write(self, path: str, data: bytes) -> None:
+        with self._errors(path):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+
+    @contextlib.contextmanager
+    def publish(self, path: str) -> Iterator[Path]:
+        """Yields a local scratch file; when the block ends well it is uploaded as `path`."""
+        from boto3.s3.transfer import TransferConfig
+
+        with tempfile.TemporaryDirectory(prefix="lvd-") as folder:
+            scratch = Path(folder) / "object"
+            yield scratch
+            config = TransferConfig(multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES)
+            with self._errors(path):
+                self.client.upload_file(str(scratch), self.bucket, self._key(path), Config=config)
+
+    def append(self, path: str, data: bytes) -> None:
+        """S3 can't append: the (small, single-writer) object is written again with `data` added."""
+        before = self.read(path) if self.exists(path) else b""
+        self.write(path, before + data)
+
+    def delete(self, path: str) -> None:
+        with self._errors(path):
+            self.client.delete_object(Bucket=self.bucket, Key=self._key(path))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All objects below `prefix`, in pages, sorted by key."""
+        start = self._key(prefix)
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        with self._errors(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=f"{start}/" if start else ""
+            )
+            for page in pages:
+                for item in page.get("Contents", []):
+                    if not item["Key"].endswith("/"):
+                        etag = str(item["ETag"]).strip('"')
+                        yield Entry(item["Key"][cut:], int(item["Size"]), etag)
+
+
+class _RangeReader(io.RawIOBase):
+    """A seekable file over range reads."""
+
+    def __init__(self, store: S3Store, path: str, size: int) -> None:
+        self._store, self._path, self._size, self._at = store, path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        want = min(len(buffer), self._size - self._at)
+        if want <= 0:
+            return 0
+        data = self._store.read(self._path, self._at, want)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

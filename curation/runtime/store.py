@@ -1,0 +1,250 @@
+"""Where a run and its sources live: a local folder or an s3:// prefix, behind one small interface.
+
+A write is all or nothing: a local file is written beside its place, synced and renamed; on S3 the
+object appears with the completed PUT. A reader never sees half a file.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class StoreError(Exception):
+    """A location that can't be used: says which, what is wrong and what would be right."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of a store: path below the root, bytes, and a version that changes with the content.
+
+    `fault` tells why a file or folder that was found can't be read.
+    """
+
+    path: str
+    size: int
+    version: str
+    fault: str = ""
+
+
+class Store(Protocol):
+    """Files below one root. Paths are relative and use `/`."""
+
+    uri: str
+
+    def exists(self, path: str) -> bool: ...
+    def stat(self, path: str) -> Entry: ...
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes: ...
+    def open(self, path: str) -> BinaryIO: ...
+    def write(self, path: str, data: bytes) -> None: ...
+    def publish(self, path: str) -> contextlib.AbstractContextManager[Path]: ...
+    def append(self, path: str, data: bytes) -> None: ...
+    def delete(self, path: str) -> None: ...
+    def list(self, prefix: str = "") -> Iterator[Entry]: ...
+    def locate(self, path: str) -> str: ...
+
+
+def open_store(uri: str) -> Store:
+    """`s3://bucket/prefix` or a local folder (which need not exist yet)."""
+    if uri.startswith("s3://"):
+        from curation.runtime.s3 import S3Store
+
+        return S3Store(uri)
+    if "://" in uri and not uri.startswith("file://"):
+        scheme = uri.split("://")[0]
+        raise StoreError(f"{uri}: can't read {scheme}://; use a local path or s3://bucket/prefix")
+    return FileStore(uri.removeprefix("file://"))
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """A file's uri as (root for `open_store`, path below it)."""
+    root, _, name = uri.rstrip("/").rpartition("/")
+    return (root or ("/" if uri.startswith("/") else ".")), name
+
+
+def read_uri(uri: str) -> bytes:
+    """A whole file by its uri. Errors: StoreError."""
+    root, name = split_uri(uri)
+    return open_store(root).read(name)
+
+
+def _reason(path: Path | str, error: OSError) -> StoreError:
+    advice = {
+        errno.ENOSPC: "the disk is full; free some space and run again, finished parts are kept",
+        errno.EDQUOT: "the disk quota is used up; free some space and run again",
+        errno.EACCES: "permission denied",
+        errno.EROFS: "the file system is read-only",
+        errno.ENOENT: "no such file",
+        errno.ELOOP: "a symbolic link that points to itself",
+        errno.EISDIR: "a folder, not a file",
+        errno.ENOTDIR: "a file stands where a folder is needed",
+    }
+    text = advice.get(error.errno or 0, error.strerror or str(error))
+    return StoreError(f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: {text}")
+
+
+class FileStore:
+    """A folder. Names may be any bytes: they travel as str with surrogate escapes."""
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.uri = str(self.root)
+
+    def locate(self, path: str) -> str:
+        """The full readable location of `path`."""
+        return str(self.root / path) if path else self.uri
+
+    def exists(self, path: str) -> bool:
+        return (self.root / path).exists()
+
+    def stat(self, path: str) -> Entry:
+        try:
+            info = os.stat(self.root / path)
+        except OSError as error:
+            raise _reason(self.root / path, error) from None
+        return Entry(path, info.st_size, f"{info.st_mtime_ns}-{info.st_size}")
+
+    def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        try:
+            with open(self.root / path, "rb", buffering=0) as file:
+                if start:
+                    file.seek(start)
+                return file.readall() if length is None else _read_exactly(file, length)
+        except OSError as error:
+            raise _reason(self.root / path, error) from None
+
+    def open(self, path: str) -> BinaryIO:
+        try:
+            return open(self.root / path, "rb")
+        except OSError as error:
+            raise _reason(self.root / path, error) from None
+
+    def write(self, path: str, data: bytes) -> None:
+        with self.publish(path) as temporary:
+            temporary.write_bytes(data)
+
+    @contextlib.contextmanager
+    def publish(self, path: str) -> Iterator[Path]:
+        """Yields a scratch file; when the block ends well it is synced and renamed to `path`."""
+        target = self.root / path
+        scratch: Path | None = None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".tmp-", dir=target.parent)
+            scratch = Path(name)
+            os.fchmod(handle, 0o666 & ~_UMASK)
+            os.close(handle)
+            yield scratch
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(scratch, target)
+        except OSError as error:
+            raise _reason(target, error) from None
+        finally:
+            if scratch is not None:
+                scratch.unlink(missing_ok=True)
+
+    def append(self, path: str, data: bytes) -> None:
+        target = self.root / path
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(target, "ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise _reason(target, error) from None
+
+    def delete(self, path: str) -> None:
+        (self.root / path).unlink(missing_ok=True)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All files below `prefix`, sorted by folder. Linked folders are followed, loops are not.
+
+        Scratch files of killed writers are left out; what can't be read comes with its fault.
+        """
+        if (self.root / prefix).is_dir():
+            yield from self._walk(prefix, ())
+
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+        try:
+            info = os.stat(self.root / folder)
+            names = sorted(os.listdir(self.root / folder))
+        except OSError as error:
+            yield Entry(folder, 0, "", f"unreadable {os.strerror(error.errno or 0)}")
+            return
+        here = (info.st_dev, info.st_ino)
+        if here in above:
+            yield Entry(folder, 0, "", "unreadable a link back to a folder that holds it")
+            return
+        for name in names:
+            path = f"{folder}/{name}" if folder else name
+            if (self.root / path).is_dir():
+                yield from self._walk(path, (*above, here))
+            elif not name.startswith(".tmp-"):
+                try:
+                    yield self.stat(path)
+                except StoreError as error:
+                    yield Entry(path, 0, "", f"unreadable {str(error).rpartition(': ')[2]}")
+
+
+def _current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _current_umask()
+
+
+def _read_exactly(file: io.FileIO, length: int) -> bytes:
+    chunks = []
+    while length > 0:
+        chunk = file.read(length)
+        if not chunk:
+            break
+        chunks.append(chunk)
+        length -= len(chunk)
+    return b"".join(chunks)
+
+
+def read_table(
+    store: Store,
+    path: str,
+    columns: list[str] | None = None,
+    row_group: int | None = None,
+    filters: Any = None,
+) -> pa.Table:
+    """A Parquet table, or one row group of it."""
+    with store.open(path) as file:
+        if row_group is not None:
+            return pq.ParquetFile(file).read_row_group(row_group, columns=columns)
+        return pq.read_table(file, columns=columns, filters=filters)
+
+
+def write_table(
+    store: Store, path: str, table: pa.Table, row_group_size: int | None = None
+) -> None:
+    """Publishes a Parquet table: uncompressed binary (vectors don't compress), zstd for the rest."""
+    with store.publish(path) as scratch:
+        pq.write_table(
+            table,
+            scratch,
+            compression=compression(table.schema),
+            use_dictionary=False,
+            row_group_size=row_group_size,
+        )
+
+
+def compression(schema: pa.Schema) -> dict[str, str]:
+    """Column compression: none for fixed-size binary, zstd for everything else."""
+    return {
+        field.name: "none" if pa.types.is_fixed_size_binary(field.type) else "zstd"
+        for field in schema
+    }

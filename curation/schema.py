@@ -1,0 +1,176 @@
+"""The tables that stages exchange: one Arrow schema each, and where it lies in a run.
+
+Every input image has a number: its position over all parts in order (`parts.base` + row). Tables
+refer to images by number (int64), people by `id`, the sha256 of the image's bytes.
+"""
+
+import pyarrow as pa
+
+# Raise a stage's number when what it writes changes: its outputs are then made again.
+VERSIONS = {
+    "ingest": 1,
+    "embed": 1,
+    "dedup": 1,
+    "cluster": 1,
+    "retrieve": 1,
+    "shards": 1,
+    "lineage": 1,
+    "report": 1,
+}
+
+ROLES = ("curated", "holdout", "pool")
+
+ID = pa.binary(32)  # sha256 of the image's bytes
+
+EXTRA = pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+
+# ingest: one row an input image, found but not yet read. `locator` is the exact name under the
+# source (bytes: names need not be UTF-8), `key` its readable form. Archive members have an offset
+# (-1: the whole file); in Parquet the offset is the row number. `fault` tells why a member can't be read at all.
+MEMBERS = pa.schema(
+    [
+        ("uri", pa.string()),
+        ("key", pa.string()),
+        ("locator", pa.binary()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("version", pa.string()),
+        ("extras", pa.list_(EXTRA)),
+        ("fault", pa.string()),
+    ]
+)
+
+# ingest: the work list. A part is one row group of a members table.
+PARTS = pa.schema(
+    [
+        ("part", pa.int32()),
+        ("role", pa.string()),
+        ("set", pa.string()),
+        ("source", pa.string()),
+        ("kind", pa.string()),
+        ("table", pa.string()),
+        ("row_group", pa.int32()),
+        ("rows", pa.int64()),
+        ("base", pa.int64()),
+        ("fingerprint", pa.string()),
+    ]
+)
+
+# embed: one row a member, in the same order. `fault` is null for an image that can be used.
+IMAGES = pa.schema(
+    [
+        ("id", ID),
+        ("key", pa.string()),
+        ("uri", pa.string()),
+        ("ext", pa.string()),
+        ("bytes", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("fault", pa.string()),
+    ]
+)
+
+# embed: images that have the same bytes as an earlier pool image.
+EXACT = pa.schema([("image", pa.int64()), ("first", pa.int64())])
+
+# dedup: one row an image. `other` is the id of the image that stays instead, or of a holdout image.
+DECISIONS = pa.schema(
+    [
+        ("decision", pa.string()),
+        ("component", pa.int64()),
+        ("other", ID),
+        ("cosine", pa.float32()),
+    ]
+)
+
+NEIGHBOURS = pa.schema([("query", pa.int64()), ("image", pa.int64()), ("cosine", pa.float32())])
+
+# cluster: one row a kept image.
+ASSIGNMENTS = pa.schema([("image", pa.int64()), ("cluster", pa.int32()), ("cosine", pa.float32())])
+
+# retrieve: why an image is in the set; an image may have several reasons.
+RETRIEVED_BY = pa.struct(
+    [
+        ("set", pa.string()),
+        ("query_id", pa.string()),
+        ("how", pa.string()),
+        ("cosine", pa.float32()),
+    ]
+)
+SELECTED = pa.schema([("image", pa.int64()), ("id", ID), ("retrieved_by", pa.list_(RETRIEVED_BY))])
+
+# retrieve: chosen images whose bytes are already selected under another number.
+SAME_BYTES = pa.schema([("image", pa.int64()), ("first", pa.int64())])
+
+# shards: everything a shard's writer needs, in the order of the shard; a row group a shard.
+PLAN = pa.schema(
+    [
+        ("image", pa.int64()),
+        ("id", ID),
+        ("ext", pa.string()),
+        ("role", pa.string()),
+        ("set", pa.string()),
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("locator", pa.binary()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("extras", pa.list_(EXTRA)),
+        ("metadata", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("retrieved_by", pa.list_(RETRIEVED_BY)),
+    ]
+)
+PLACEMENT = pa.schema([("image", pa.int64()), ("shard", pa.string())])
+
+# shards: selected rows of a Parquet part, copied to a file that can be read at random.
+SPOOL_INDEX = pa.schema(
+    [("image", pa.int64()), ("offset", pa.int64()), ("size", pa.int64()), ("metadata", pa.string())]
+)
+
+# shards: a seekable index beside each tar, one row a member file.
+SHARD_INDEX = pa.schema(
+    [
+        ("key", pa.string()),
+        ("member", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("sha256", pa.string()),
+    ]
+)
+
+# lineage: the whole story, one row an input image.
+LINEAGE = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("set", pa.string()),
+        ("uri", pa.string()),
+        ("key", pa.string()),
+        ("decision", pa.string()),
+        ("reason", pa.string()),
+        ("component", pa.int64()),
+        ("retrieved_by", pa.list_(RETRIEVED_BY)),
+        ("shard", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("bytes", pa.int64()),
+        ("image", pa.int64()),
+    ]
+)
+
+
+def vectors(semantic_dim: int, copy_dim: int) -> pa.Schema:
+    """The embeddings table of a part: unit-norm fp16 rows as fixed-size binary.
+
+    `row` is the row of the part's images table. dtype and dimension stand in each field's metadata.
+    """
+
+    def field(name: str, dim: int) -> pa.Field:
+        meta = {"dtype": "float16", "dim": str(dim)}
+        return pa.field(name, pa.binary(2 * dim), nullable=False, metadata=meta)
+
+    return pa.schema(
+        [pa.field("row", pa.int32()), field("semantic", semantic_dim), field("copy", copy_dim)]
+    )

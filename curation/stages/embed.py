@@ -1,0 +1,313 @@
+"""Parts -> images and vectors: reads each image once, checks it, and embeds it with both models.
+
+Outputs are content-addressed by the part and the models, so that a changed recipe embeds only what
+it touches. Images with the same bytes are found here, over the whole pool.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.images.decode import BadImage, Decoded, Limits, decode
+from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
+from curation.images.sources import read_parquet_rows
+from curation.runtime.events import Events
+from curation.runtime.executor import Counts, Executor, Item, MapResult, map_parts, timer
+from curation.runtime.manifest import StageReport, begin, finish, fingerprint
+from curation.runtime.store import (
+    Store,
+    StoreError,
+    compression,
+    open_store,
+    read_table,
+    read_uri,
+    write_table,
+)
+from curation.schema import EXACT, IMAGES, vectors
+from curation.stages.tables import EXACT_TABLE, Embedded, Part, read_parts
+
+# Faults that may go away by themselves: `curate retry` tries these images again.
+RETRYABLE = ("part_failed", "unreadable")
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Models, limits and the failure budget. `weights_version` identifies the weights' content."""
+
+    model: str
+    weights: str
+    precision: str
+    batch: int
+    copy_weights: str
+    weights_version: str
+    limits: Limits
+    max_rejected_share: float
+    min_images: int
+
+    @property
+    def embedding(self) -> str:
+        """What the vectors depend on, besides the images."""
+        models = (self.model, self.precision, self.copy_weights, self.weights_version)
+        return fingerprint(models, asdict(self.limits))
+
+    def load(self) -> tuple[VectorModel, VectorModel]:
+        """The semantic encoder and the copy descriptor. Raises EncoderError or StoreError."""
+        weights = None if self.weights in ("hub", "builtin") else read_uri(self.weights)
+        copy = None if self.copy_weights == "builtin" else read_uri(self.copy_weights)
+        return load_semantic(self.model, weights, self.precision), load_copy_descriptor(copy)
+
+
+def run(
+    cfg: EmbedConfig, stage_fingerprint: str, store: Store, executor: Executor, events: Events
+) -> StageReport:
+    """Parts -> `embed/images`, `embed/vectors` (one file a part) and `embed/exact.parquet`."""
+    elapsed = timer()
+    begin(store, "embed", stage_fingerprint, keep=("images", "vectors"))
+    parts, embedded = read_parts(store), Embedded(cfg.embedding)
+    have = {entry.path for entry in store.list("embed/vectors")}
+    items = [Item(part.name(), part.rows, part) for part in parts]
+    missing = [part for part in parts if embedded.vectors_path(part) not in have]
+    dims = _dims(cfg) if missing else None
+    result = map_parts(
+        "embed",
+        items,
+        lambda item: embedded.vectors_path(item.payload) in have,
+        partial(EmbedWorker, cfg, store.uri),
+        executor,
+        events,
+    )
+    if dims is not None:
+        _record_failed(store, embedded, [i for i in items if i.name in result.failed], result, dims)
+    counts = _summary(store, embedded, parts)
+    _check_budget(cfg, counts)
+    counts["exact_duplicates"] = _exact_duplicates(store, embedded)
+    for folder, path in (("images", embedded.images_path), ("vectors", embedded.vectors_path)):
+        keep = {path(part) for part in parts}
+        for entry in list(store.list(f"embed/{folder}")):
+            if entry.path not in keep:
+                store.delete(entry.path)
+    counts |= {
+        "computed": result.computed,
+        "reused": result.reused,
+        "failed_parts": result.failed,
+        "embedding": cfg.embedding,
+    }
+    return finish(store, StageReport("embed", stage_fingerprint, counts, elapsed()))
+
+
+def _dims(cfg: EmbedConfig) -> tuple[int, int]:
+    """Loads the models here once: a wrong name or file is one clear error, before any worker."""
+    semantic, copy = cfg.load()
+    return semantic.dim, copy.dim
+
+
+Prepared = tuple[int, list[Pixels]]  # row, and each model's input
+
+
+class EmbedWorker:
+    """Holds the models; embeds one part a call."""
+
+    def __init__(self, cfg: EmbedConfig, run_uri: str) -> None:
+        self._cfg, self._store = cfg, open_store(run_uri)
+        self._embedded = Embedded(cfg.embedding)
+        self._semantic, self._copy = cfg.load()
+
+    def __call__(self, part: Part) -> Counts:
+        images: list[dict[str, Any]] = []
+        schema = vectors(self._semantic.dim, self._copy.dim)
+        faults: Counter[str] = Counter()
+        vectors_path = self._embedded.vectors_path(part)
+        with self._store.publish(vectors_path) as scratch:
+            with pq.ParquetWriter(scratch, schema, compression=compression(schema)) as writer:
+                batch: list[Prepared] = []
+                for row, member, data in _read_part(self._store, part, self._cfg.limits.max_bytes):
+                    found, decoded = self._examine(member, data)
+                    images.append(found)
+                    if decoded is not None:
+                        models = (self._semantic, self._copy)
+                        batch.append((row, [model.prepare(decoded.pixels) for model in models]))
+                    if len(batch) == self._cfg.batch:
+                        self._embed(batch, images, writer, schema)
+                        batch = []
+                self._embed(batch, images, writer, schema)
+            faults.update(i["fault"].split()[0] for i in images if i["fault"])
+            # The vectors appear last: where they are, the images are there too.
+            table = pa.Table.from_pylist(images, schema=IMAGES)
+            write_table(self._store, self._embedded.images_path(part), table)
+        return {"images": len(images), "faults": dict(faults)}
+
+    def _examine(
+        self, member: dict[str, Any], data: bytes | str
+    ) -> tuple[dict[str, Any], Decoded | None]:
+        """The image's row, and its pixels unless it has a fault. `data` may be the fault itself."""
+        row = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
+        row |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
+        if isinstance(data, str):
+            return {**row, "fault": data}, None
+        row |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
+        try:
+            decoded = decode(data, self._cfg.limits)
+        except BadImage as error:
+            return {**row, "fault": str(error)}, None
+        return row | {
+            "ext": decoded.ext,
+            "width": decoded.width,
+            "height": decoded.height,
+        }, decoded
+
+    def _embed(
+        self,
+        batch: list[Prepared],
+        images: list[dict[str, Any]],
+        writer: pq.ParquetWriter,
+        schema: pa.Schema,
+    ) -> None:
+        """Embeds a batch and streams its vectors; rows that aren't finite become a fault."""
+        if not batch:
+            return
+        columns = []
+        for which, model in enumerate((self._semantic, self._copy)):
+            rows = model(np.stack([inputs[which] for _, inputs in batch]))
+            columns.append(rows.astype(np.float16))
+        good = np.isfinite(columns[0]).all(axis=1) & np.isfinite(columns[1]).all(axis=1)
+        for row, _ in (pair for pair, fine in zip(batch, good, strict=True) if not fine):
+            images[row]["fault"] = "not_finite the encoder gave a vector that isn't finite"
+        numbers = np.array([row for row, _ in batch], np.int32)[good]
+        arrays = [pa.array(numbers)]
+        for rows, name in zip(columns, ("semantic", "copy"), strict=True):
+            arrays.append(_pack(rows[good], schema.field(name).type))
+        writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def _pack(rows: npt.NDArray[np.float16], kind: pa.DataType) -> pa.Array:
+    buffer = pa.py_buffer(np.ascontiguousarray(rows).tobytes())
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, buffer])
+
+
+def _read_part(
+    store: Store, part: Part, max_bytes: int
+) -> Iterator[tuple[int, dict[str, Any], bytes | str]]:
+    """(row, member, bytes or the reason why there are none) of a part, in order."""
+    members = read_table(store, part.table, row_group=part.row_group).to_pylist()
+    source = open_store(part.source)
+    if part.kind == "parquet" and not members[0]["fault"]:
+        path = members[0]["locator"].decode("utf-8", "surrogateescape")
+        with source.open(path) as file:
+            stream = read_parquet_rows(file, members[0]["offset"], len(members))
+            for row, (member, (data, _)) in enumerate(zip(members, stream, strict=True)):
+                yield row, member, "empty_file" if data is None else data
+        return
+    archive: BinaryIO | None = None
+    try:
+        for row, member in enumerate(members):
+            fault = member["fault"]
+            if not fault and member["size"] > max_bytes:
+                fault = f"too_large {member['size']} bytes, at most {max_bytes}"
+            if fault:
+                yield row, member, fault
+                continue
+            path = member["locator"].decode("utf-8", "surrogateescape")
+            try:
+                if part.kind == "folder":
+                    yield row, member, source.read(path)
+                    continue
+                archive = archive or source.open(path)
+                archive.seek(member["offset"])
+                yield row, member, archive.read(member["size"])
+            except (StoreError, OSError) as error:
+                yield row, member, f"unreadable {str(error).rpartition(': ')[2]}"
+    finally:
+        if archive is not None:
+            archive.close()
+
+
+def _record_failed(
+    store: Store, embedded: Embedded, failed: list[Item], result: MapResult, dims: tuple[int, int]
+) -> None:
+    """Images of a part that could not be done get its error as their fault; none is lost."""
+    for item in failed:
+        part: Part = item.payload
+        members = read_table(store, part.table, row_group=part.row_group)
+        fault = f"part_failed {result.failed[item.name]}"
+        rows = [
+            {"key": m["key"], "uri": m["uri"], "bytes": m["size"], "fault": m["fault"] or fault}
+            for m in members.to_pylist()
+        ]
+        table = pa.Table.from_pylist(rows, schema=IMAGES)
+        write_table(store, embedded.images_path(part), table)
+        write_table(store, embedded.vectors_path(part), vectors(*dims).empty_table())
+
+
+def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, Any]:
+    """Images and rejections by role, and every reason with its count."""
+    counts: dict[str, Any] = {"images": 0, "rejected": 0}
+    reasons: Counter[str] = Counter()
+    for part in parts:
+        table = read_table(store, embedded.images_path(part), columns=["fault"])
+        faults = [fault.split()[0] for fault in table["fault"].drop_null().to_pylist()]
+        reasons.update(faults)
+        counts["images"] += part.rows
+        counts["rejected"] += len(faults)
+    return counts | {"faults": dict(sorted(reasons.items()))}
+
+
+def _check_budget(cfg: EmbedConfig, counts: dict[str, Any]) -> None:
+    rejected, images = counts["rejected"], counts["images"]
+    if rejected > cfg.min_images and rejected > cfg.max_rejected_share * images:
+        raise StoreError(
+            f"embed: {rejected} of {images} images were rejected ({counts['faults']}), more than"
+            f" failures.max_share = {cfg.max_rejected_share} allows; finished parts are kept"
+        )
+    if rejected == images:
+        raise StoreError(f"embed: not one of {images} images could be used ({counts['faults']})")
+
+
+def _exact_duplicates(store: Store, embedded: Embedded) -> int:
+    """Writes the pool images that have an earlier one's bytes. Memory: 24 bytes a pool image.
+
+    Groups by the first 8 bytes of the sha256, then compares whole ids within a group.
+    """
+    numbers, prefixes = [], []
+    pool = read_parts(store, "pool")
+    for part in pool:
+        ids, usable = _ids(store, embedded, part)
+        rows = np.flatnonzero(usable)
+        numbers.append(part.base + rows)
+        prefixes.append(ids[rows, :8].copy().view(np.uint64)[:, 0])
+    image, prefix = np.concatenate(numbers), np.concatenate(prefixes)
+    order = np.argsort(prefix, kind="stable")
+    image, prefix = image[order], prefix[order]
+    same = np.flatnonzero(prefix[1:] == prefix[:-1])
+    suspects = np.unique(np.concatenate([image[same], image[same + 1]]))
+    first_of: dict[bytes, int] = {}
+    pairs = []
+    for part in pool:
+        mine = suspects[(suspects >= part.base) & (suspects < part.base + part.rows)]
+        if len(mine):
+            ids, _ = _ids(store, embedded, part)
+            for number in mine:
+                first = first_of.setdefault(ids[number - part.base].tobytes(), int(number))
+                if first != number:
+                    pairs.append({"image": int(number), "first": first})
+    write_table(store, EXACT_TABLE, pa.Table.from_pylist(pairs, schema=EXACT))
+    return len(pairs)
+
+
+def _ids(
+    store: Store, embedded: Embedded, part: Part
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Ids (n, 32), zeros where there is none, and which images can be used."""
+    table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
+    ids = np.zeros((len(table), 32), np.uint8)
+    for row, value in enumerate(table["id"].to_pylist()):
+        if value is not None:
+            ids[row] = np.frombuffer(value, np.uint8)
+    return ids, table["fault"].is_null().to_numpy(zero_copy_only=False)

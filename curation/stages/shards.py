@@ -1,0 +1,301 @@
+"""Selected images -> WebDataset tars with their original bytes, a seekable index and a manifest.
+
+The order is a seeded shuffle by content. A plan in the order of the shards is made first, in groups
+of files that fit in memory, so that each shard is written by one worker in one pass.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.algorithms.sampling import Ints, priorities
+from curation.images.sources import read_parquet_rows
+from curation.runtime.events import Events
+from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
+from curation.runtime.manifest import StageReport, begin, finish
+from curation.runtime.store import (
+    Store,
+    StoreError,
+    compression,
+    open_store,
+    read_table,
+    write_table,
+)
+from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SPOOL_INDEX
+from curation.stages.retrieve import SELECTED_TABLE, id_words
+from curation.stages.tables import Embedded, Part, by_part, column_numpy, read_parts
+
+PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
+OPEN_ARCHIVES = 64
+MANIFEST = "shards/manifest.json"
+PLACEMENT_TABLE = "shards/placement.parquet"
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """Images a tar, and the seed of the shuffle."""
+
+    embedding: str
+    name: str
+    images_per_shard: int
+    seed: int
+
+
+def run(
+    cfg: ShardsConfig, stage_fingerprint: str, store: Store, executor: Executor, events: Events
+) -> StageReport:
+    """`retrieve/selected.parquet` -> `shards/*.tar`, their indexes and `shards/manifest.json`."""
+    elapsed = timer()
+    begin(store, "shards", stage_fingerprint)
+    embedded = Embedded(cfg.embedding)
+    have = {entry.path for entry in store.list("shards")}
+    spooled = _spool(store, have, executor, events)
+    if PLACEMENT_TABLE not in have:
+        _plan(cfg, embedded, spooled, store)
+    placement = read_table(store, PLACEMENT_TABLE, ["image"])
+    shards = -(-len(placement) // cfg.images_per_shard)
+    items = []
+    for shard in range(shards):
+        size = min(cfg.images_per_shard, len(placement) - shard * cfg.images_per_shard)
+        items.append(Item(shard_name(shard), size, shard))
+    worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg))
+    result = map_parts(
+        "shards", items, lambda i: _index_path(i.payload) in have, worker, executor, events
+    )
+    require_all(result, "shards")
+    manifest = _manifest(cfg, shards, store)
+    store.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    for folder in ("spool", "plan"):
+        for entry in list(store.list(f"shards/{folder}")):
+            store.delete(entry.path)
+    counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
+    counts |= {"shards": shards, "computed": result.computed, "reused": result.reused}
+    return finish(store, StageReport("shards", stage_fingerprint, counts, elapsed()))
+
+
+def shard_name(shard: int) -> str:
+    return f"{shard:06d}.tar"
+
+
+def _index_path(shard: int) -> str:
+    return f"shards/{shard:06d}.index.parquet"
+
+
+def _shards_per_plan(cfg: ShardsConfig) -> int:
+    return max(1, PLAN_ROWS // cfg.images_per_shard)
+
+
+def _spool(store: Store, have: set[str], executor: Executor, events: Events) -> list[Part]:
+    """Copies selected rows of Parquet parts to files that can be read at random."""
+    selected = column_numpy(read_table(store, SELECTED_TABLE, ["image"]), "image")
+    parts = [part for part in read_parts(store) if part.kind == "parquet"]
+    wanted = list(by_part(parts, selected))
+    if not wanted or PLACEMENT_TABLE in have:
+        return [part for part, _ in wanted]
+    items = [Item(p.name(), block.stop - block.start, (p, selected[block])) for p, block in wanted]
+    worker = partial(SpoolWorker, store.uri)
+    result = map_parts(
+        "shards", items, lambda i: _spool_path(i.payload[0]) in have, worker, executor, events
+    )
+    require_all(result, "shards")
+    return [part for part, _ in wanted]
+
+
+def _spool_path(part: Part) -> str:
+    return f"shards/spool/{part.part:06d}.parquet"
+
+
+class SpoolWorker:
+    """Copies the selected rows of one Parquet part, with the row's other columns as JSON."""
+
+    def __init__(self, run_uri: str) -> None:
+        self._store = open_store(run_uri)
+
+    def __call__(self, item: tuple[Part, Ints]) -> Counts:
+        part, numbers = item
+        member = read_table(self._store, part.table, row_group=part.row_group).slice(0, 1)
+        first = member.to_pylist()[0]
+        path = first["locator"].decode("utf-8", "surrogateescape")
+        rows, offset = [], 0
+        wanted = set((numbers - part.base).tolist())
+        with (
+            open_store(part.source).open(path) as file,
+            self._store.publish(_spool_path(part).replace(".parquet", ".bin")) as scratch,
+            open(scratch, "wb") as out,
+        ):
+            stream = read_parquet_rows(file, first["offset"], part.rows)
+            for row, (data, columns) in enumerate(stream):
+                if row in wanted and data is not None:
+                    out.write(data)
+                    text = json.dumps(columns, default=str, sort_keys=True, ensure_ascii=False)
+                    place = {"image": part.base + row, "offset": offset, "size": len(data)}
+                    rows.append({**place, "metadata": text})
+                    offset += len(data)
+        write_table(self._store, _spool_path(part), pa.Table.from_pylist(rows, schema=SPOOL_INDEX))
+        return {"images": len(rows)}
+
+
+def _plan(cfg: ShardsConfig, embedded: Embedded, spooled: list[Part], store: Store) -> None:
+    """Writes `shards/plan/*.parquet` (a row group a shard) and where each image will be."""
+    selected = read_table(store, SELECTED_TABLE, ["image", "id"])
+    numbers = column_numpy(selected, "image")
+    ids = np.frombuffer(b"".join(selected["id"].to_pylist()), np.uint8).reshape(-1, 32)
+    order = np.lexsort((id_words(ids), priorities(id_words(ids), cfg.seed)))
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    span = _shards_per_plan(cfg) * cfg.images_per_shard
+    in_spool = {part.part for part in spooled}
+    for plan in range(-(-len(order) // span)):
+        mine = np.flatnonzero(position // span == plan)
+        blocks = [
+            _locations(store, embedded, part, numbers[mine[block]], part.part in in_spool)
+            for part, block in by_part(read_parts(store), numbers[mine])
+        ]
+        rows = pa.concat_tables(blocks).take(pa.array(np.argsort(position[mine])))
+        with store.publish(f"shards/plan/{plan:06d}.parquet") as scratch:
+            with pq.ParquetWriter(scratch, PLAN, compression=compression(PLAN)) as writer:
+                writer.write_table(rows, row_group_size=cfg.images_per_shard)
+    names = np.array(
+        [shard_name(s) for s in range(int(position.max()) // cfg.images_per_shard + 1)]
+    )
+    columns = [pa.array(numbers), pa.array(names[position // cfg.images_per_shard])]
+    write_table(store, PLACEMENT_TABLE, pa.Table.from_arrays(columns, schema=PLACEMENT))
+
+
+def _locations(
+    store: Store, embedded: Embedded, part: Part, numbers: Ints, spooled: bool
+) -> pa.Table:
+    """PLAN rows of some images of one part."""
+    rows = pa.array(numbers - part.base)
+    members = read_table(store, part.table, row_group=part.row_group).take(rows)
+    images = read_table(store, embedded.images_path(part)).take(rows)
+    count = len(numbers)
+    columns = {
+        "image": pa.array(numbers),
+        "role": pa.array([part.role] * count),
+        "set": pa.array([part.set or None] * count, pa.string()),
+        "source": pa.array([part.source] * count),
+        "metadata": pa.nulls(count, pa.string()),
+        **{name: members[name] for name in ("key", "locator", "offset", "size", "extras")},
+        **{name: images[name] for name in ("id", "ext", "width", "height")},
+        "retrieved_by": selected_rows(store, part, ["image", "retrieved_by"])["retrieved_by"],
+    }
+    wanted = selected_rows(store, part, ["image"])["image"].to_numpy()
+    columns["retrieved_by"] = columns["retrieved_by"].take(
+        pa.array(np.searchsorted(wanted, numbers))
+    )
+    if spooled:
+        index = read_table(store, _spool_path(part))
+        index = index.take(pa.array(np.searchsorted(index["image"].to_numpy(), numbers)))
+        columns |= {name: index[name] for name in ("offset", "size", "metadata")}
+        path = _spool_path(part).replace(".parquet", ".bin").encode()
+        columns["source"] = pa.array([store.uri] * count)
+        columns["locator"] = pa.array([path] * count)
+    return pa.table([columns[name] for name in PLAN.names], schema=PLAN)
+
+
+def selected_rows(store: Store, part: Part, columns: list[str]) -> pa.Table:
+    """The rows of `retrieve/selected.parquet` whose images lie in one part."""
+    between = [("image", ">=", part.base), ("image", "<", part.base + part.rows)]
+    return read_table(store, SELECTED_TABLE, columns, filters=between)
+
+
+class ShardWorker:
+    """Writes one shard a call: for each image its bytes, one JSON of lineage, and its extras."""
+
+    def __init__(self, run_uri: str, shards_per_plan: int) -> None:
+        self._store, self._shards_per_plan = open_store(run_uri), shards_per_plan
+        self._open: OrderedDict[tuple[str, bytes], BinaryIO] = OrderedDict()
+
+    def __call__(self, shard: int) -> Counts:
+        plan, group = divmod(shard, self._shards_per_plan)
+        rows = read_table(self._store, f"shards/plan/{plan:06d}.parquet", row_group=group)
+        index: list[dict[str, Any]] = []
+        with self._store.publish(f"shards/{shard_name(shard)}") as scratch:
+            with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as tar:
+                for row in rows.to_pylist():
+                    self._add_sample(tar, row, index)
+            digest = hashlib.sha256()
+            with open(scratch, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            size = scratch.stat().st_size
+        facts = {"images": str(len(rows)), "bytes": str(size), "sha256": digest.hexdigest()}
+        table = pa.Table.from_pylist(index, schema=SHARD_INDEX.with_metadata(facts))
+        write_table(self._store, _index_path(shard), table)
+        return {"images": len(rows), "bytes": size}
+
+    def _add_sample(
+        self, tar: tarfile.TarFile, row: dict[str, Any], index: list[dict[str, Any]]
+    ) -> None:
+        key = row["id"].hex()
+        image = self._read(row, row["offset"], row["size"])
+        if hashlib.sha256(image).digest() != row["id"]:
+            raise StoreError(
+                f"{row['source']}: {row['key']} has changed since it was embedded; run again"
+            )
+        lineage = {name: row[name] for name in ("key", "set", "width", "height", "retrieved_by")}
+        lineage |= {"id": key, "source": row["role"]}
+        if row["metadata"]:
+            lineage["metadata"] = json.loads(row["metadata"])
+        members = {row["ext"]: image}
+        text = json.dumps(lineage, sort_keys=True, ensure_ascii=False)
+        members["json"] = text.encode()
+        for extra in row["extras"]:
+            ext = extra["ext"] if extra["ext"] not in members else f"source.{extra['ext']}"
+            members[ext] = self._read(row, extra["offset"], extra["size"])
+        for ext, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{ext}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+            offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            digest = hashlib.sha256(data).hexdigest()
+            place = {"offset": offset, "size": len(data), "sha256": digest}
+            index.append({"key": key, "member": info.name, **place})
+
+    def _read(self, row: dict[str, Any], offset: int, size: int) -> bytes:
+        if offset < 0:
+            path = row["locator"].decode("utf-8", "surrogateescape")
+            return open_store(row["source"]).read(path)
+        file = self._archive(row["source"], row["locator"])
+        file.seek(offset)
+        return file.read(size)
+
+    def _archive(self, source: str, locator: bytes) -> BinaryIO:
+        """An open archive; the least recently used one is closed when there are many."""
+        name = (source, locator)
+        if name not in self._open:
+            path = locator.decode("utf-8", "surrogateescape")
+            self._open[name] = open_store(source).open(path)
+            if len(self._open) > OPEN_ARCHIVES:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(name)
+        return self._open[name]
+
+
+def _manifest(cfg: ShardsConfig, shards: int, store: Store) -> dict[str, Any]:
+    """Counts and checksums of all shards; `hash` changes with any byte of any of them."""
+    rows = []
+    for shard in range(shards):
+        with store.open(_index_path(shard)) as file:
+            facts = pq.read_schema(file).metadata
+        rows.append(
+            {
+                "name": shard_name(shard),
+                "images": int(facts[b"images"]),
+                "bytes": int(facts[b"bytes"]),
+                "sha256": facts[b"sha256"].decode(),
+            }
+        )
+    whole = hashlib.sha256("\n".join(row["sha256"] for row in rows).encode()).hexdigest()
+    totals = {name: sum(row[name] for row in rows) for name in ("images", "bytes")}
+    return {"name": cfg.name, **totals, "hash": whole, "shards": rows}

@@ -1,0 +1,144 @@
+"""Reading the tables of earlier stages: the list of parts, their images, vectors and decisions."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from curation.runtime.manifest import fingerprint
+from curation.runtime.store import Store, read_table
+
+PARTS_TABLE = "ingest/parts.parquet"
+EXACT_TABLE = "embed/exact.parquet"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A bounded slice of one source. `base` is the number of its first image."""
+
+    part: int
+    role: str
+    set: str
+    source: str
+    kind: str
+    table: str
+    row_group: int
+    rows: int
+    base: int
+    fingerprint: str
+
+    def name(self) -> str:
+        return f"{self.role}/{self.set or 'pool'}/{self.part:06d}"
+
+
+def read_parts(store: Store, *roles: str) -> list[Part]:
+    """The parts of some roles (all when none is named), in order."""
+    rows = read_table(store, PARTS_TABLE).to_pylist()
+    return [Part(**row) for row in rows if not roles or row["role"] in roles]
+
+
+def embedded_name(part: Part, embedding: str) -> str:
+    """The content address of a part's embed tables: the same images by the same models."""
+    return fingerprint(part.fingerprint, embedding)[:24]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Access to the embed stage's tables for one embedding (models and limits)."""
+
+    embedding: str
+
+    def images_path(self, part: Part) -> str:
+        return f"embed/images/{embedded_name(part, self.embedding)}.parquet"
+
+    def vectors_path(self, part: Part) -> str:
+        return f"embed/vectors/{embedded_name(part, self.embedding)}.parquet"
+
+    def vectors(
+        self, store: Store, part: Part, column: str
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Image numbers (n,) and unit rows (n, D) of one part; rejected images have none."""
+        table = read_table(store, self.vectors_path(part), columns=["row", column])
+        return part.base + column_numpy(table, "row"), unpack(table, column)
+
+
+def column_numpy(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
+    """An integer column without nulls as int64."""
+    values: npt.NDArray[np.int64] = table[name].to_numpy().astype(np.int64)
+    return values
+
+
+def unpack(table: pa.Table, column: str) -> npt.NDArray[np.float32]:
+    """A fixed-size-binary column of fp16 rows as (n, D) fp32."""
+    dim = table.schema.field(column).type.byte_width // 2
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], np.float16)[
+            chunk.offset * dim : (chunk.offset + len(chunk)) * dim
+        ]
+        for chunk in table[column].chunks
+    ]
+    flat = np.concatenate(chunks) if chunks else np.empty(0, np.float16)
+    return flat.reshape(-1, dim).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class VectorView:
+    """One column of the vectors, restricted to `distinct` images (no exact copies) or `kept` ones."""
+
+    embedded: Embedded
+    column: str
+    only: str = "all"
+
+    def load(
+        self, store: Store, part: Part
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Image numbers (n,) and unit rows (n, D) of one part."""
+        numbers, rows = self.embedded.vectors(store, part, self.column)
+        if self.only == "distinct":
+            copies = column_numpy(read_table(store, EXACT_TABLE), "image")
+            mask = ~np.isin(numbers, copies)
+        elif self.only == "kept":
+            kept = read_decisions(store, part)["decision"].to_numpy(zero_copy_only=False) == "kept"
+            mask = kept[numbers - part.base]
+        else:
+            return numbers, rows
+        return numbers[mask], rows[mask]
+
+
+def decisions_path(part: Part) -> str:
+    return f"dedup/decisions/{part.part:06d}.parquet"
+
+
+def read_decisions(store: Store, part: Part) -> pa.Table:
+    """The decisions of one part, row-aligned with its images."""
+    return read_table(store, decisions_path(part))
+
+
+def ids_of(
+    store: Store, embedded: Embedded, parts: list[Part], numbers: npt.NDArray[np.int64]
+) -> npt.NDArray[np.uint8]:
+    """The ids (n, 32) of images of `parts` by number, in the order given."""
+    wanted, inverse = np.unique(numbers, return_inverse=True)
+    ids = np.zeros((len(wanted), 32), np.uint8)
+    for part, block in by_part(parts, wanted):
+        table = read_table(store, embedded.images_path(part), columns=["id"])
+        values = table["id"].take(wanted[block] - part.base).to_pylist()
+        ids[block] = np.frombuffer(b"".join(values), np.uint8).reshape(-1, 32)
+    return ids[inverse]
+
+
+def by_part(parts: list[Part], numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Part, slice]]:
+    """Which slice of the sorted `numbers` lies in each part; parts without any are left out."""
+    for part in parts:
+        start, stop = np.searchsorted(numbers, [part.base, part.base + part.rows])
+        if start < stop:
+            yield part, slice(int(start), int(stop))
+
+
+def usable_images(store: Store, embedded: Embedded, part: Part) -> npt.NDArray[np.bool_]:
+    """Which images of a part have no fault (rows,)."""
+    table = read_table(store, embedded.images_path(part), columns=["fault"])
+    usable: npt.NDArray[np.bool_] = table["fault"].is_null().to_numpy(zero_copy_only=False)
+    return usable

@@ -1,0 +1,104 @@
+"""timm vision transformers: the frozen teacher, and small students cut from its blocks."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from pretrain.errors import UserError
+
+PATCH = 16  # pixels
+HEAD_WIDTH = 64  # channels of one attention head, as in every DeiT and ViT
+INPUT_SIZE = 224  # pixels
+
+
+def load_vit(name: str, weights: Path) -> VisionTransformer:
+    """The frozen timm ViT/16 `name` without its classifier, in eval mode, fp32.
+
+    Raises UserError for an unknown name, a model that is no ViT/16 at 224, or other weights.
+    """
+    if not timm.is_model(name):
+        near = ", ".join(get_close_matches(name, timm.list_models("*patch16*"))) or "none"
+        raise UserError(f"--teacher {name}: timm has no such model; near: {near}")
+    model = timm.create_model(name, pretrained=False)
+    if not _is_plain(model):
+        raise UserError(f"--teacher {name}: not a plain ViT with {PATCH}-pixel patches")
+    if model.patch_embed.img_size != (INPUT_SIZE, INPUT_SIZE):
+        raise UserError(f"--teacher {name}: takes {model.patch_embed.img_size}, not {INPUT_SIZE}")
+    if not weights.is_file():
+        raise UserError(f"--teacher-weights {weights}: no such file")
+    try:
+        state = {key: value.float() for key, value in load_file(weights).items()}
+        model.load_state_dict(state)
+    except SafetensorError as error:
+        raise UserError(f"--teacher-weights {weights}: not a safetensors file ({error})") from None
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"--teacher-weights {weights}: do not fit {name}: {first}") from None
+    model.reset_classifier(0)
+    return model.eval().requires_grad_(False)
+
+
+def _is_plain(model: nn.Module) -> bool:
+    """One class token, which is also the feature, and patches of PATCH pixels."""
+    return (
+        isinstance(model, VisionTransformer)
+        and model.patch_embed.patch_size == (PATCH, PATCH)
+        and (model.num_prefix_tokens, model.global_pool) == (1, "token")
+    )
+
+
+def student_arch(width: int, depth: int, size: int = INPUT_SIZE) -> dict[str, int]:
+    """Arguments of timm's VisionTransformer for a student of this width (a multiple of 64)."""
+    return {
+        "img_size": size,
+        "patch_size": PATCH,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": width // HEAD_WIDTH,
+        "num_classes": 0,
+    }
+
+
+def build_vit(arch: dict[str, Any], seed: int) -> VisionTransformer:
+    """A randomly initialised ViT: the same seed gives the same weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return VisionTransformer(**arch)
+
+
+def same_layers(one: VisionTransformer, other: VisionTransformer) -> bool:
+    """Whether a block of one could stand in the other: the width, and the layers timm gave both."""
+
+    def shapes(vit: VisionTransformer) -> dict[str, torch.Size]:
+        deeper = ("pos_embed", *(f"blocks.{block}." for block in range(1, len(vit.blocks))))
+        state = vit.state_dict().items()
+        return {name: value.shape for name, value in state if not name.startswith(deeper)}
+
+    return shapes(one) == shapes(other)
+
+
+def spread_blocks(teacher_depth: int, depth: int) -> list[int]:
+    """Evenly spread teacher blocks, the last one included: 12 -> 6 gives 1, 3, 5, 7, 9, 11."""
+    return [(i + 1) * teacher_depth // depth - 1 for i in range(depth)]
+
+
+def copy_blocks(teacher: VisionTransformer, student: VisionTransformer, blocks: list[int]) -> None:
+    """Start the student from these teacher blocks and the teacher's embedding and final norm.
+
+    Layer selection as in DistilBERT (Sanh et al. 2019). Both have `same_layers` and input size.
+    """
+    state = teacher.state_dict()
+    picked = {key: value for key, value in state.items() if not key.startswith("blocks.")}
+    for to, source in enumerate(blocks):
+        prefix = f"blocks.{source}."
+        for key, value in state.items():
+            if key.startswith(prefix):
+                picked[f"blocks.{to}.{key.removeprefix(prefix)}"] = value
+    student.load_state_dict(picked)
