@@ -177,9 +177,11 @@ class EmbedWorker:
         for which, model in enumerate((self._semantic, self._copy)):
             rows = model(np.stack([inputs[which] for _, inputs in batch]))
             columns.append(rows.astype(np.float16))
-        good = np.isfinite(columns[0]).all(axis=1) & np.isfinite(columns[1]).all(axis=1)
+        # A row is unit-norm unless the network gave zeros, infinities or NaN (whose norm is NaN).
+        norms = [np.linalg.norm(rows.astype(np.float32), axis=1) for rows in columns]
+        good = (np.abs(norms[0] - 1) < 0.01) & (np.abs(norms[1] - 1) < 0.01)
         for row, _ in (pair for pair, fine in zip(batch, good, strict=True) if not fine):
-            images[row]["fault"] = "not_finite the encoder gave a vector that isn't finite"
+            images[row]["fault"] = "no_vector a model gave zeros or no finite numbers"
         numbers = np.array([row for row, _ in batch], np.int32)[good]
         arrays = [pa.array(numbers)]
         for rows, name in zip(columns, ("semantic", "copy"), strict=True):
