@@ -124,7 +124,7 @@ def _execute(
 
 
 def _make_executor(address: str | None, recipe: Recipe, images: int) -> Executor:
-    """Ray unless it is turned off or the job is tiny; the cluster of the Ray job we are in, if any."""
+    """Ray unless turned off or the job is tiny; inside a Ray job, the cluster it runs on."""
     if address is None:
         address = os.environ.get("RAY_ADDRESS") or ("local" if images > TINY_JOB_IMAGES else "off")
     if address == "off":

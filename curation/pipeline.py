@@ -1,18 +1,18 @@
 """The pipeline on one page: what each stage is given, in order. Read this first.
 
-A stage runs when its fingerprint is new: the hash of its config and of the stages it reads. One that
-is done is passed over, one that was killed goes on with the parts it has.
+A stage runs when its fingerprint is new: the hash of its config and of the stages it reads. One
+that is done is passed over, one that was killed goes on with its finished parts.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from curation.images.decode import Limits
 from curation.images.encoders import DEMO_MODEL, builtin_digest, copy_thresholds
-from curation.recipe import Recipe, RecipeError, dump
+from curation.recipe import Recipe, RecipeError, Source, dump
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor
 from curation.runtime.manifest import StageReport, completed, fingerprint
@@ -38,8 +38,11 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     """The ordered stages of a recipe. Raises StoreError when weights can't be found."""
     r = recipe
     embed_cfg = embed_config(r)
-    search = {"exact_below": r.search.exact_below, "target_recall": r.search.target_recall}
-    common = {"embedding": embed_cfg.embedding, "seed": r.seed}
+    search: dict[str, Any] = {
+        "exact_below": r.search.exact_below,
+        "target_recall": r.search.target_recall,
+    }
+    common: dict[str, Any] = {"embedding": embed_cfg.embedding, "seed": r.seed}
     given = r.dedup.model_dump(exclude_none=True)
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
@@ -107,7 +110,10 @@ def run(
 
 def ingest_config(recipe: Recipe) -> ingest.IngestConfig:
     """All sources in the order of the images' numbers: curated sets, holdout sets, pool."""
-    named = [("curated", recipe.sources.curated), ("holdout", recipe.sources.holdout)]
+    named: list[tuple[str, Mapping[str, Source]]] = [
+        ("curated", recipe.sources.curated),
+        ("holdout", recipe.sources.holdout),
+    ]
     specs = [
         ingest.SourceSpec(f"sources.{role}.{name}", role, name, source.uri, source.format)
         for role, sets in named

@@ -58,8 +58,8 @@ def shrink(image: Image.Image) -> Image.Image:
 
 
 def _crop(image: Image.Image, rng: Rng) -> Image.Image:
-    """Area 0.15 to 1, aspect changed by up to 1.5."""
-    area = np.exp(rng.uniform(np.log(0.15), 0.0))
+    """Area 0.2 to 1, aspect changed by up to 1.5."""
+    area = np.exp(rng.uniform(np.log(0.2), 0.0))
     aspect = np.exp(rng.uniform(-np.log(1.5), np.log(1.5)))
     width = round(image.width * min(1.0, np.sqrt(area * aspect)))
     height = round(image.height * min(1.0, np.sqrt(area / aspect)))

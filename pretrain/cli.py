@@ -40,18 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     distill_parser = commands.add_parser(
         "distill", help="a small ViT/16 learns a larger timm encoder's features"
     )
-    _common(distill_parser, DistillConfig.depth, DistillConfig.batch)
+    _common(distill_parser, DistillConfig.depth, DistillConfig.batch, DistillConfig.lr)
     distill_parser.add_argument("--width", type=int, default=192, help="channels of the student")
     distill_parser.add_argument("--windows", type=int, default=6, help="windows of each image")
     copy_parser = commands.add_parser(
         "copy-descriptor", help="a descriptor that finds edited copies, by the SSCD recipe"
     )
-    _common(copy_parser, CopyConfig.depth, CopyConfig.batch)
+    _common(copy_parser, CopyConfig.depth, CopyConfig.batch, CopyConfig.lr)
     copy_parser.add_argument("--size", type=int, default=160, help="side of the input in pixels")
     return parser
 
 
-def _common(parser: argparse.ArgumentParser, depth: int, batch: int) -> None:
+def _common(parser: argparse.ArgumentParser, depth: int, batch: int, lr: float) -> None:
     parser.add_argument("--teacher", required=True, help="name of a timm ViT/16")
     parser.add_argument("--teacher-weights", type=Path, required=True, help=".safetensors")
     parser.add_argument("--images", type=Path, nargs="+", required=True, metavar="FOLDER")
@@ -59,5 +59,5 @@ def _common(parser: argparse.ArgumentParser, depth: int, batch: int) -> None:
     parser.add_argument("--depth", type=int, default=depth, help="blocks")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=batch, help="images of a step")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--seed", type=int, default=0)

@@ -35,6 +35,8 @@ from pretrain.timm_models import PATCH, build_vit, copy_blocks, load_vit, same_l
 
 GEM_POWER = 3.0
 TEMPERATURE = 0.05  # SSCD, section 4
+WHITENING_FLOOR = 0.1  # of the largest standard deviation
+WHITENING_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,16 @@ class CopyConfig:
     teacher_weights: Path
     images: tuple[Path, ...]
     out: Path
-    depth: int = 4
+    depth: int = 8
+    trained_blocks: int = 3  # the last ones; those below stay the teacher's
     size: int = 160  # pixels, both sides
     dim: int = 256
     steps: int = 3000
     batch: int = 48  # images; each gives two views
-    lr: float = 5e-4
+    lr: float = 2e-4
     weight_decay: float = 0.02
     entropy_weight: float = 3.0
-    memory: int = 8192  # views
+    memory: int = 3072  # views
     holdout: float = 0.11  # share of the images that calibrate the thresholds, never trained on
     seed: int = 0
     checkpoint_every: int = 50  # steps
@@ -115,12 +118,14 @@ class CopyDescriptor(nn.Module):
         self.backbone = backbone
         self.head = nn.Linear(2 * backbone.embed_dim, dim)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def pooled(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 2 * width): CLS, and GeM of the patch tokens (Radenovic et al. 2018)."""
         tokens = self.backbone.forward_features(images)
         patches = tokens[:, 1:].clamp(min=1e-6).pow(GEM_POWER).mean(dim=1).pow(1 / GEM_POWER)
-        both = torch.cat([tokens[:, 0], patches], dim=1)
-        descriptors: torch.Tensor = functional.normalize(self.head(both))
-        return descriptors
+        return torch.cat([tokens[:, 0], patches], dim=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return functional.normalize(self.head(self.pooled(images)))
 
 
 def split_holdout(images: list[Path], share: float) -> tuple[list[Path], list[Path]]:
@@ -186,30 +191,52 @@ class Memory:
 
 
 def initial_model(config: CopyConfig) -> CopyDescriptor:
-    """The teacher's first blocks (copies differ in what lower blocks see) and a random head."""
+    """The teacher's first blocks, of which the last `trained_blocks` will learn, under a head."""
     teacher = load_vit(config.teacher, config.teacher_weights)
     if config.depth > len(teacher.blocks):
         raise UserError(f"--depth {config.depth}: the teacher has {len(teacher.blocks)} blocks")
     backbone = build_vit(student_arch(teacher.embed_dim, config.depth, config.size), config.seed)
     if not same_layers(teacher, backbone):
-        raise UserError(
-            f"--teacher {config.teacher}: its blocks have layers that a plain ViT lacks"
-        )
+        raise UserError(f"--teacher {config.teacher}: its blocks have layers a plain ViT lacks")
     grid = [config.size // PATCH] * 2
     teacher.pos_embed = nn.Parameter(
         resample_abs_pos_embed(teacher.pos_embed, grid, num_prefix_tokens=1)
     )
     copy_blocks(teacher, backbone, list(range(config.depth)))
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return CopyDescriptor(backbone, config.dim)
+    backbone.requires_grad_(False)
+    backbone.blocks[-config.trained_blocks :].requires_grad_(True)
+    backbone.norm.requires_grad_(True)
+    return CopyDescriptor(backbone, config.dim)
+
+
+def whiten_head(model: CopyDescriptor, images: Sequence[Path]) -> None:
+    """Start the head as a PCA whitening of unedited images: it halves the wrong neighbours of a
+    random start. The floor keeps directions that hardly vary from being blown up to noise."""
+    size = model.backbone.patch_embed.img_size[0]
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(images), 32):
+            pixels = [squash(load_rgb(path), size) for path in images[start : start + 32]]
+            parts.append(model.pooled(to_batch(pixels)))
+        pooled = torch.cat(parts)
+        mean = pooled.mean(dim=0)
+        _, singular, directions = torch.linalg.svd(pooled - mean, full_matrices=False)
+        deviation = singular / len(pooled) ** 0.5
+        dim = min(len(model.head.weight), len(deviation))
+        scaled = directions[:dim] / (deviation[:dim, None] + WHITENING_FLOOR * deviation[0])
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+        model.head.weight[:dim] = scaled
+        model.head.bias[:dim] = -scaled @ mean
 
 
 def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path]) -> None:
     """Train in place, going on from the checkpoint of the same configuration."""
     views = Views(images, config)
     memory = Memory(config.memory, config.dim)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    learned = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
     path = checkpoint_path(config.out)
     first = 0
     if saved := load_checkpoint(path, key):
@@ -218,6 +245,8 @@ def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path
         optimizer.load_state_dict(state["optimizer"])
         memory.views, memory.ids = state["memory_views"], state["memory_ids"]
         print(f"going on after step {first}", flush=True)
+    else:
+        whiten_head(model, images[:: max(1, len(images) // WHITENING_IMAGES)])
     recent: list[tuple[float, float]] = []
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
@@ -229,7 +258,7 @@ def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path
         optimizer.zero_grad(set_to_none=True)
         loss = contrast + config.entropy_weight * entropy
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        nn.utils.clip_grad_norm_(learned, 3.0)
         optimizer.step()
         memory.add(descriptors, ids)
         recent.append((contrast.item(), entropy.item()))

@@ -20,11 +20,13 @@ from pretrain.timm_models import (
     build_vit,
     copy_blocks,
     load_vit,
+    needed_blocks,
     same_layers,
-    spread_blocks,
     student_arch,
 )
 from pretrain.windows import TeacherFeatures, Windows, token_features
+
+SAMPLE = 32  # windows on which the teacher's blocks are compared
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class DistillConfig:
     teacher_weights: Path
     images: tuple[Path, ...]
     out: Path
-    depth: int = 6
+    depth: int = 8
     width: int = 192
     windows: int = 6  # of each image
     steps: int = 3000
@@ -63,8 +65,7 @@ def distill(config: DistillConfig) -> None:
     features = TeacherFeatures(_features_folder(config, files), windows)
     features.compute(teacher, config.batch)
 
-    student = _student(config, teacher)
-    _train(config, key, student, windows, features)
+    student = _train(config, key, teacher, windows, features)
     description = semantic_description(config.out.stem, student_arch(config.width, config.depth))
     description["card"] = {
         "teacher": config.teacher,
@@ -102,10 +103,23 @@ class Student(nn.Module):
         return token_features(projected)
 
 
-def _student(config: DistillConfig, teacher: VisionTransformer) -> Student:
+def _first_blocks(config: DistillConfig, teacher: VisionTransformer, windows: Windows) -> list[int]:
+    """Teacher blocks that the student starts from; none where their layers differ from its own."""
+    if not same_layers(teacher, build_vit(student_arch(config.width, config.depth), config.seed)):
+        return []
+    apart = np.linspace(0, len(windows) - 1, SAMPLE, dtype=np.int64)
+    return needed_blocks(teacher, windows.batch(apart), config.depth)
+
+
+def _student(config: DistillConfig, teacher: VisionTransformer, blocks: list[int]) -> Student:
+    """Up to the first teacher block that it lacks, the student is the teacher, and stays so."""
     vit = build_vit(student_arch(config.width, config.depth), config.seed)
-    if same_layers(teacher, vit):
-        copy_blocks(teacher, vit, spread_blocks(len(teacher.blocks), config.depth))
+    if blocks:
+        copy_blocks(teacher, vit, blocks)
+        same = sum(place == block for place, block in enumerate(blocks))
+        vit.requires_grad_(False)
+        vit.blocks[same:].requires_grad_(True)
+        vit.norm.requires_grad_(True)
     return Student(vit, teacher.embed_dim)
 
 
@@ -123,18 +137,20 @@ def regression_loss(
 def _train(
     config: DistillConfig,
     key: str,
-    student: Student,
+    teacher: VisionTransformer,
     windows: Windows,
     features: TeacherFeatures,
-) -> None:
-    optimizer = torch.optim.AdamW(student.parameters(), config.lr, weight_decay=config.weight_decay)
+) -> Student:
     path = checkpoint_path(config.out)
-    first = 0
-    if saved := load_checkpoint(path, key):
-        first, state = saved
+    first, state = load_checkpoint(path, key) or (0, {})
+    blocks = state["blocks"] if state else _first_blocks(config, teacher, windows)
+    student = _student(config, teacher, blocks)
+    learned = [value for value in student.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.lr, weight_decay=config.weight_decay)
+    if state:
         student.load_state_dict(state["student"])
         optimizer.load_state_dict(state["optimizer"])
-        print(f"going on after step {first}", flush=True)
+    print(f"from step {first}; started from the teacher's blocks {blocks}", flush=True)
     recent: list[float] = []
     for step in range(first, config.steps):
         numbers = _batch_numbers(config, step, len(windows))
@@ -144,14 +160,15 @@ def _train(
         loss = regression_loss(predicted, features.batch(numbers), config.patch_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(student.parameters(), 3.0)
+        nn.utils.clip_grad_norm_(learned, 3.0)
         optimizer.step()
         recent.append(loss.item())
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             state = {"student": student.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(path, key, step + 1, state)
+            save_checkpoint(path, key, step + 1, state | {"blocks": blocks})
             print(f"step {step + 1}/{config.steps} loss {np.mean(recent):.4f}", flush=True)
             recent.clear()
+    return student
 
 
 def _batch_numbers(config: DistillConfig, step: int, windows: int) -> np.ndarray:

@@ -11,7 +11,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _root(parent: Ints, node: int) -> int:
     while parent[node] != node:
         parent[node] = parent[parent[node]]
@@ -19,7 +19,7 @@ def _root(parent: Ints, node: int) -> int:
     return node
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _union(parent: Ints, left: Ints, right: Ints) -> None:
     for i in range(left.size):
         a, b = _root(parent, left[i]), _root(parent, right[i])
@@ -29,14 +29,14 @@ def _union(parent: Ints, left: Ints, right: Ints) -> None:
             parent[a] = b
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _flatten(parent: Ints) -> None:
     for i in range(parent.size):  # a parent is never larger than its child
         parent[i] = parent[parent[i]]
 
 
 class Components:
-    """Nodes 0 .. n-1; the label of a component is its smallest node, in whatever order edges come."""
+    """Nodes 0 .. n-1. The label of a component is its smallest node, however the edges come."""
 
     def __init__(self, nodes: int) -> None:
         self._parent = np.arange(nodes, dtype=np.int64)

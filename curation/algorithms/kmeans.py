@@ -76,4 +76,5 @@ def _update(rows: Floats, cluster: Ints, cosine: Floats, k: int) -> Floats:
         first = starts[np.searchsorted(filled, opposite)]
         sums[opposite] = rows[order[first]]
         norms[opposite] = 1.0
-    return (sums / norms).astype(np.float32)
+    directions: Floats = (sums / norms).astype(np.float32)
+    return directions

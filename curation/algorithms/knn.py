@@ -1,7 +1,7 @@
-"""k nearest neighbours by cosine: exact blocks of products, and an inverted-file index of one slab.
+"""k nearest neighbours by cosine: exact blocks of products, and an inverted file over one slab.
 
-Rows are unit-norm fp32, so that a product is a cosine. Results are ordered by falling cosine, ties by
-rising number. Base numbers are any int64 labels.
+Rows are unit-norm fp32, so that a product is a cosine. Results are ordered by falling cosine,
+ties by rising number. Base numbers are any int64 labels.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NONE = -1  # the number of a neighbour that isn't there
 
 @dataclass
 class Neighbours:
-    """For each of n queries up to k neighbours: cosines (n, k) and numbers (n, k), NONE at the end."""
+    """For each of n queries up to k neighbours: cosines (n, k), numbers (n, k), NONE at the end."""
 
     cosine: Floats
     number: Ints

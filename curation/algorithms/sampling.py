@@ -1,4 +1,4 @@
-"""Which images are drawn: seeded priorities by content, draws from clusters, and k distinct a query."""
+"""Which images are drawn: seeded priorities by content, cluster draws, k distinct a query."""
 
 import heapq
 
@@ -25,7 +25,7 @@ def priorities(id_words: Words, seed: int) -> Words:
 
 
 def draw_by_cluster(cluster: Ints, priority: Words, per_cluster: int, cap: int) -> Ints:
-    """Positions of at most `per_cluster` rows a cluster, at most `cap` in all, lowest priority first.
+    """Positions of at most `per_cluster` rows a cluster and `cap` in all, lowest priority first.
 
     Because priorities are random, both cuts are uniform draws without replacement. A cluster that
     is smaller than its quota gives what it has. Feeding back survivors with new rows gives the same

@@ -5,11 +5,13 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, PngImagePlugin
 
 # The sizes are checked here, before decoding; Pillow's own limit would only add a second message.
 Image.MAX_IMAGE_PIXELS = None
 ImageFile.LOAD_TRUNCATED_IMAGES = False
+# Unpacked PNG text and colour profiles: editors write some MB of them, a bomb writes any amount.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 
 EXTENSIONS = {
     "JPEG": "jpg",
@@ -19,6 +21,24 @@ EXTENSIONS = {
     "GIF": "gif",
     "BMP": "bmp",
     "TIFF": "tif",
+}
+
+
+# MPO files open as JPEG; Pillow raises on any format it cannot open by that name.
+FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
+
+# How a file of a known format begins: what can't be opened all the same is damaged.
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+TIFF_TILE_SIDES = (322, 323)
+ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -56,26 +76,36 @@ def decode(data: bytes, limits: Limits) -> Decoded:
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata that doesn't matter here
         image = _open(data)
         _check_size(image.size, limits)
+        _check_tiles(image, limits)
         try:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
+            rgb = _to_rgb(_upright(image))
         except MemoryError:
             raise BadImage("too_large not enough memory to decode it") from None
         except Exception as error:  # Pillow's decoders raise many types on hostile bytes
-            text = " ".join(str(error).split())[:120]
-            reason = "truncated" if "truncated" in text.lower() else "corrupt"
-            raise BadImage(f"{reason} {text}") from None
+            raise _bad(error, data) from None
     return Decoded(rgb, EXTENSIONS[image.format or "JPEG"], rgb.width, rgb.height)
 
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS))
+        return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
+        if data.startswith(MAGIC):
+            raise _bad(ValueError("its header can't be read"), data) from None
         raise BadImage("not_an_image its content is none of the known formats") from None
     except Exception as error:
-        raise BadImage(f"corrupt {' '.join(str(error).split())[:120]}") from None
+        raise _bad(error, data) from None
+
+
+def _bad(error: Exception, data: bytes) -> BadImage:
+    """Pillow's error as a reason."""
+    text = " ".join(str(error).split())[:120]
+    if "MAX_TEXT" in text:
+        return BadImage("too_large its metadata unpacks to too much")
+    # A RIFF file (WebP) says its own length.
+    short = data[:4] == b"RIFF" and len(data) < int.from_bytes(data[4:8], "little") + 8
+    return BadImage(f"{'truncated' if short or 'truncated' in text.lower() else 'corrupt'} {text}")
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:
@@ -88,14 +118,40 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise BadImage(f"extreme_aspect {width}x{height}, at most {limits.max_aspect:g} : 1")
 
 
+def _check_tiles(image: Image.Image, limits: Limits) -> None:
+    """A small TIFF may declare huge tiles, which are unpacked whole."""
+    if image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 1) for tag in TIFF_TILE_SIDES)  # type: ignore[attr-defined]
+        if width * height > limits.max_pixels:
+            raise BadImage(f"too_many_pixels tiles of {width}x{height}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; EXIF that can't be read is no reason to lose the image."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # Pillow's EXIF parser raises many types on damaged bytes
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit is scaled rather than clipped, transparency is laid on white."""
+    """8-bit RGB: deeper samples are scaled rather than clipped, transparency is laid on white."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        scale = 257.0 if values.max(initial=0) > 255 else 1.0
-        image = Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0, neginf=0)
+        white = _white(image.mode, float(values.max(initial=0)))
+        image = Image.fromarray(np.clip(values * (255 / white), 0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(ground, layer)
     return image.convert("RGB")
+
+
+def _white(mode: str, brightest: float) -> float:
+    """The value that is white: 16-bit samples have their own, 32-bit ones don't say."""
+    if mode.startswith("I;16"):
+        return 65535.0
+    if mode == "F" and brightest <= 1:
+        return 1.0
+    return next((white for white in (255.0, 65535.0) if brightest <= white), brightest)

@@ -86,7 +86,7 @@ def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorMo
     if model == DEMO_MODEL:
         return _builtin("semantic", precision)
     import timm
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     if not timm.is_model(model):
         near = ", ".join(timm.list_models(f"*{model.split('.')[0][:12]}*")[:5])
@@ -102,7 +102,7 @@ def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorMo
         ) from None
     if weights is not None:
         _load_exactly(net, _state_dict(weights, "encoder.weights"), model)
-    config = resolve_model_data_config(net)
+    config: dict[str, Any] = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     size = int(config["input_size"][1])
     form = InputFormat(
         size, round(size / config["crop_pct"]), tuple(config["mean"]), tuple(config["std"])
@@ -111,11 +111,11 @@ def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorMo
 
 
 def load_copy_descriptor(weights: bytes | None) -> VectorModel:
-    """An SSCD TorchScript file's bytes, or None for the built-in descriptor. Raises EncoderError."""
+    """From an SSCD TorchScript file's bytes, or None: the built-in one. Raises EncoderError."""
     if weights is None:
         return _builtin("copy", "fp32")
     try:
-        net = torch.jit.load(io.BytesIO(weights), map_location="cpu")
+        net = torch.jit.load(io.BytesIO(weights), "cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise EncoderError(
             "copy_descriptor.weights: not a TorchScript file; SSCD's are named *.torchscript.pt"
@@ -207,7 +207,7 @@ def _state_dict(data: bytes, field: str) -> dict[str, Tensor]:
 
 
 def _load_exactly(net: nn.Module, state: dict[str, Tensor], model: str) -> None:
-    """Every weight of the network must be in the file, in its shape; a classifier there is ignored."""
+    """The file must hold every weight in its shape; a classifier that it also holds is ignored."""
     wanted = net.state_dict()
     missing = [name for name in wanted if name not in state]
     wrong = [

@@ -1,4 +1,4 @@
-"""Work over parts: the Executor protocol, the in-process one, and `map_parts`, which all stages use.
+"""Work over parts: the Executor protocol, the in-process one, and `map_parts` for all stages.
 
 A worker is a plain class: `__init__` loads what it needs once, `__call__(item)` does one part,
 writes its output to the store and returns counts. What a part did is in the store, not in memory.
@@ -17,7 +17,7 @@ Counts = dict[str, Any]
 
 
 class Worker(Protocol):
-    def __call__(self, item: Any) -> Counts: ...
+    def __call__(self, item: Any, /) -> Counts: ...
 
 
 MakeWorker = Callable[[], Worker]
@@ -37,9 +37,7 @@ class Executor(Protocol):
 
     workers: int
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
-        """None in between means: nothing finished yet, still alive."""
-        ...
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]: ...
 
     def close(self) -> None: ...
 
@@ -51,7 +49,7 @@ def describe(error: BaseException) -> str:
 
 
 def one_thread() -> None:
-    """One maths thread a worker: results must not depend on how many cores a machine has."""
+    """One maths thread a process: results must not depend on how many cores a machine has."""
     import torch
 
     torch.set_num_threads(1)
@@ -62,10 +60,9 @@ class InProcessExecutor:
 
     workers = 1
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]:
         if not items:
             return
-        one_thread()
         worker = make_worker()
         for number, item in enumerate(items):
             try:
@@ -78,10 +75,6 @@ class InProcessExecutor:
 
     def close(self) -> None:
         return
-
-
-class TooManyFailures(Exception):
-    """The run lost more than its failure budget allows."""
 
 
 @dataclass(frozen=True)
@@ -124,12 +117,8 @@ def map_parts(
             progress.skip(item.images)
         else:
             todo.append(item)
-    state = "stopped"
     try:
         for outcome in executor.map(make_worker, [item.payload for item in todo]):
-            if outcome is None:
-                progress.beat()
-                continue
             item = todo[outcome.item]
             if outcome.counts is None:
                 result.failed[item.name] = outcome.error
@@ -140,9 +129,8 @@ def map_parts(
             for name, value in outcome.counts.items():
                 result.counts[name] = result.counts.get(name, 0) + value
             progress.add(item.name, item.images, faults)
-        state = "failed" if result.failed else "done"
     finally:
-        progress.close(state, "; ".join(list(result.failed.values())[:1]))
+        progress.close()
     return result
 
 

@@ -48,6 +48,12 @@ def completed(store: Store, stage: str, wanted: str) -> StageReport | None:
     return report if report is not None and report.fingerprint == wanted else None
 
 
+def forget(store: Store, stage: str) -> None:
+    """Takes back the completion of a stage; its finished parts stay."""
+    store.delete(f"{stage}/done.json")
+    store.delete(f"status/{stage}.json")
+
+
 def begin(store: Store, stage: str, wanted: str, keep: tuple[str, ...] = ()) -> None:
     """Makes the stage's folder ready: files of another fingerprint go, the marker first.
 
@@ -56,7 +62,9 @@ def begin(store: Store, stage: str, wanted: str, keep: tuple[str, ...] = ()) -> 
     started = f"{stage}/started.json"
     if store.exists(started) and json.loads(store.read(started))["fingerprint"] == wanted:
         return
+    # Both markers go before any file: a kill in between must not leave them over half the files.
     store.delete(f"{stage}/done.json")
+    store.delete(started)
     for entry in list(store.list(stage)):
         if not entry.path.startswith(tuple(f"{stage}/{name}/" for name in keep)):
             store.delete(entry.path)

@@ -175,8 +175,8 @@ class EmbedWorker:
             return
         columns = []
         for which, model in enumerate((self._semantic, self._copy)):
-            rows = model(np.stack([inputs[which] for _, inputs in batch]))
-            columns.append(rows.astype(np.float16))
+            vectors_of = model(np.stack([inputs[which] for _, inputs in batch]))
+            columns.append(vectors_of.astype(np.float16))
         # A row is unit-norm unless the network gave zeros, infinities or NaN (whose norm is NaN).
         norms = [np.linalg.norm(rows.astype(np.float32), axis=1) for rows in columns]
         good = (np.abs(norms[0] - 1) < 0.01) & (np.abs(norms[1] - 1) < 0.01)

@@ -259,9 +259,8 @@ def _best(table: pa.Table, k: int) -> pa.Table:
     query, image = (table[name].to_numpy() for name in ("query", "image"))
     order = np.lexsort((image, -table["cosine"].to_numpy(), query))
     query = query[order]
-    starts = np.flatnonzero(np.r_[True, query[1:] != query[:-1]]) if len(query) else []
-    rank = np.arange(len(query)) - np.repeat(starts, np.diff(np.r_[starts, len(query)]).astype(int))
-    return table.take(order[rank < k])
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    return table.take(pa.array(order[rank < k]))
 
 
 def _sampled(join: Join, store: Store) -> tuple[Neighbours, Neighbours]:
