@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--sizes 1000 8000]
 
-Each size runs the whole pipeline in one process of its own (`--ray off`: driver and worker together)
-on generated pictures, and the peak resident memory of every stage is read from the kernel.
+Every stage runs in a process of its own (`--ray off`: driver and worker together) on generated
+pictures; its peak resident memory is read from the kernel.
 """
 
 import argparse
@@ -68,10 +68,10 @@ def peaks(size: int, folder: Path) -> dict[str, float]:
     return found
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Peak memory at two pool sizes.")
     parser.add_argument("--sizes", type=int, nargs=2, default=(500, 2000))
-    small, large = parser.parse_args().sizes
+    small, large = parser.parse_args(arguments).sizes
     results = {}
     for size in (small, large):
         with tempfile.TemporaryDirectory() as folder:

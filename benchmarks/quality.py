@@ -2,8 +2,8 @@
 
     python -m benchmarks.quality --bench FOLDER --weights FILE [--run FOLDER] [--set A.B=VALUE …]
 
-FOLDER holds `curated/CONCEPT/`, `pool/` and `truth.csv` (path, concept, …). A pool image is right for
-a concept when its label is CONCEPT or CONCEPT_other; CONCEPT alone marks the planted ones.
+FOLDER holds `curated/CONCEPT/`, `pool/` and `truth.csv` (path, concept, …). A pool image is right
+for a concept when its label is CONCEPT or CONCEPT_other; CONCEPT alone marks the planted ones.
 """
 
 import argparse

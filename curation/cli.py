@@ -12,8 +12,8 @@ from curation.progress import Bars
 from curation.recipe import Recipe, RecipeError, load, parse
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, InProcessExecutor
-from curation.runtime.manifest import StageReport
-from curation.runtime.store import Store, StoreError, open_store
+from curation.runtime.manifest import StageReport, forget
+from curation.runtime.store import Store, StoreError, hold, open_store
 
 TINY_JOB_IMAGES = 2000
 
@@ -97,9 +97,11 @@ def _init(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     recipe = load(options.recipe, options.overrides)
-    reports = _execute(recipe, options.ray, options.until)
+    store = open_store(recipe.output)
+    with hold(store, pipeline.FOLDERS):
+        reports = _execute(recipe, options.ray, options.until, store)
     if reports[-1].stage == "report":
-        queries.print_funnel(open_store(recipe.output))
+        queries.print_funnel(store)
     else:
         print(f"done until {reports[-1].stage}; curate status {recipe.output}")
 
@@ -107,16 +109,16 @@ def _run(options: argparse.Namespace) -> None:
 def _retry(options: argparse.Namespace) -> None:
     store = _open_run(options.run)
     recipe = _recipe_of(store)
-    dropped = queries.drop_retryable(store)
-    print(f"{dropped} parts with failed or unreadable images are tried again")
-    _execute(recipe, options.ray, None, store)
+    with hold(store, pipeline.FOLDERS):
+        dropped = pipeline.drop_retryable(recipe, store)
+        print(f"{dropped} parts with failed or unreadable images are tried again")
+        _execute(recipe, options.ray, None, store)
     queries.print_funnel(store)
 
 
 def _execute(
-    recipe: Recipe, ray_address: str | None, until: str | None, store: Store | None = None
+    recipe: Recipe, ray_address: str | None, until: str | None, store: Store
 ) -> list[StageReport]:
-    store = store or open_store(recipe.output)
     with Bars() as bars:
         events = Events(store, bars.show)
         make = partial(_make_executor, ray_address, recipe)
@@ -144,8 +146,9 @@ def _why(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     store = _open_run(options.run)
-    store.delete("report/done.json")
-    _execute(_recipe_of(store), "off", None, store)
+    with hold(store, pipeline.FOLDERS):
+        forget(store, "report")
+        _execute(_recipe_of(store), "off", None, store)
     queries.print_funnel(store)
 
 

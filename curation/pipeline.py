@@ -14,14 +14,23 @@ from curation.images.decode import Limits
 from curation.images.encoders import DEMO_MODEL, builtin_digest, copy_thresholds
 from curation.recipe import Recipe, RecipeError, Source, dump
 from curation.runtime.events import Events
-from curation.runtime.executor import Executor
-from curation.runtime.manifest import StageReport, completed, fingerprint
+from curation.runtime.executor import Executor, one_thread
+from curation.runtime.manifest import (
+    StageReport,
+    completed,
+    fingerprint,
+    forget,
+    read_report,
+    restart,
+)
 from curation.runtime.store import Store, StoreError, open_store, split_uri
 from curation.schema import VERSIONS
 from curation.stages import cluster, dedup, embed, ingest, lineage, report, retrieve, shards
+from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 RECIPE_FILE = "recipe.yaml"
+FOLDERS = (*STAGES, "status")
 
 
 @dataclass(frozen=True)
@@ -83,29 +92,52 @@ def run(
     `make_executor` is called with the number of images found, and only when there is work.
     Errors: StoreError, EncoderError, RecipeError, each for people.
     """
+    one_thread()
     surveys = ingest.survey(ingest_config(recipe))
+    stages = plan(recipe, surveys)
+    prints = _fingerprints(stages)
     store.write(RECIPE_FILE, dump(recipe).encode())
+    for stage in stages:  # what another recipe did is not this one's, even before it comes there
+        if completed(store, stage.name, prints[stage.name]) is None:
+            forget(store, stage.name)
     executor: Executor | None = None
-    prints: dict[str, str] = {}
     reports = []
     try:
-        for stage in plan(recipe, surveys):
-            inputs = [prints[name] for name in stage.reads]
-            prints[stage.name] = fingerprint(
-                stage.name, VERSIONS[stage.name], stage.identity, inputs
-            )
+        for stage in stages:
             done = completed(store, stage.name, prints[stage.name])
             if done is None:
-                executor = executor or make_executor(sum(s.estimate() for s in surveys))
-                done = stage.run(prints[stage.name], store, executor, events)
+                with events.stage(stage.name):
+                    executor = executor or make_executor(sum(s.estimate() for s in surveys))
+                    done = stage.run(prints[stage.name], store, executor, events)
             reports.append(done)
             if stage.name == until:
                 break
     finally:
         if executor is not None:
             executor.close()
-        events.flush()
     return reports
+
+
+def _fingerprints(stages: list[Stage]) -> dict[str, str]:
+    prints: dict[str, str] = {}
+    for stage in stages:
+        inputs = [prints[name] for name in stage.reads]
+        prints[stage.name] = fingerprint(stage.name, VERSIONS[stage.name], stage.identity, inputs)
+    return prints
+
+
+def drop_retryable(recipe: Recipe, store: Store) -> int:
+    """Forgets the parts that hold images whose fault may have gone away; returns how many."""
+    if read_report(store, "ingest") is None:
+        return 0
+    embedded = Embedded(embed_config(recipe).embedding)
+    dropped = embed.retryable(store, embedded)
+    if dropped:  # their fingerprints stay the same, so the stages have to be told
+        for name in STAGES[STAGES.index("embed") :]:
+            restart(store, name)
+    for part in dropped:
+        store.delete(embedded.vectors_path(part))
+    return len(dropped)
 
 
 def ingest_config(recipe: Recipe) -> ingest.IngestConfig:

@@ -12,10 +12,9 @@ from curation import pipeline
 from curation.runtime.manifest import read_report
 from curation.runtime.store import Store, StoreError, compression, read_table
 from curation.schema import LINEAGE
-from curation.stages.embed import RETRYABLE
 from curation.stages.lineage import lineage_path
 from curation.stages.report import REPORT_HTML, REPORT_JSON
-from curation.stages.tables import Embedded, Part, read_parts
+from curation.stages.tables import Part, read_parts
 
 STALLED_S = 60.0
 ID_DIGITS = 8
@@ -47,14 +46,13 @@ def print_status(store: Store) -> None:
 def stage_status(store: Store, stage: str) -> dict[str, Any]:
     """The state of a stage: waiting, running, stalled, stopped, failed or done."""
     if (report := read_report(store, stage)) is not None:
-        images = _images(store)
-        return {"state": "done", "done": images, "total": images, "seconds": report.seconds}
+        images, failed = _images(store), len(report.counts.get("failed_parts", {}))
+        done = {"done": images, "total": images, "failed_parts": failed}
+        return {"state": "done", "seconds": report.seconds, **done}
     path = f"status/{stage}.json"
     if not store.exists(path):
         return {"state": "waiting"}
     status: dict[str, Any] = json.loads(store.read(path))
-    if status["state"] == "done":
-        status["state"] = "running"  # its parts are done, the stage is being completed
     if status["state"] == "running" and time.time() - status["heartbeat"] > STALLED_S:
         silent = round(time.time() - status["heartbeat"])
         status |= {"state": "stalled", "message": f"no sign of life for {silent} s; run again"}
@@ -120,22 +118,3 @@ def _lineage_parts(store: Store) -> list[Part]:
     if read_report(store, "lineage") is None:
         raise StoreError(f"{store.uri}: the run has not come to its lineage yet; curate run it on")
     return read_parts(store)
-
-
-def drop_retryable(store: Store) -> int:
-    """Forgets the parts that hold images whose fault may have gone away; returns how many."""
-    report = read_report(store, "embed")
-    if report is None:
-        return 0
-    embedded = Embedded(report.counts["embedding"])
-    dropped = 0
-    for part in read_parts(store):
-        faults = read_table(store, embedded.images_path(part), ["fault"])["fault"].drop_null()
-        if any(fault.startswith(RETRYABLE) for fault in faults.to_pylist()):
-            store.delete(embedded.vectors_path(part))
-            dropped += 1
-    if dropped:
-        for stage in ("embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report"):
-            store.delete(f"{stage}/done.json")
-            store.delete(f"{stage}/started.json")
-    return dropped

@@ -134,7 +134,7 @@ class Dedup(_Model):
     k: int = Field(64, ge=1, le=1024)
     min_cosine: float | None = Field(None, gt=-1, le=1)
     holdout_min_cosine: float | None = Field(None, gt=-1, le=1)
-    max_component: int = Field(1000, ge=2)
+    max_component: int = Field(200, ge=2)
 
 
 class Cluster(_Model):

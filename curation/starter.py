@@ -21,15 +21,16 @@ sources:
       retrieve:
         - as_is                       # take the set itself
         - sample: {{k: 4}}              # and the 4 nearest pool images of each of its images
-        # - cluster: {{per_cluster: 10000, min_queries: 4, cap: 1000000}}   # or draw from its clusters
+        # or draw from the clusters that hold several of its images:
+        # - cluster: {{per_cluster: 10000, min_queries: 4, cap: 1000000}}
   # holdout:                # evaluation sets: nothing near them stays
   #   test: {{uri: path/to/test}}
 
 images: {{min_side: 32}}      # smaller ones are rejected, with their reason
 
-# Any timm ViT; weights: hub, a local file or s3://. DINOv2 used a ViT-H/16 that was never released;
-# ViTs trained on ImageNet-21k are the open substitute. `lvd_demo` is built in and needs no download,
-# but is small: use it to try things out.
+# Any timm ViT; weights: hub, a local file or s3://. DINOv2 used a ViT-H/16 that was never
+# released; ViTs trained on ImageNet-21k are the open substitute. `lvd_demo` is built in and needs
+# no download, but is small: use it to try things out.
 encoder: {{model: {model}}}
 
 # copy_descriptor: {{weights: sscd_disc_mixup.torchscript.pt}}   # left out: the built-in one

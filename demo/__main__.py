@@ -1,6 +1,6 @@
 """`make demo`: the whole pipeline on real photographs, or on your own folders.
 
-    python -m demo [IMAGES LIKE]
+python -m demo [IMAGES LIKE]
 """
 
 import json

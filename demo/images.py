@@ -1,8 +1,8 @@
 """The demo's images: cut from the photographs in scikit-image's wheel, with known copies.
 
-Each photograph is cut into disjoint tiles. Some tiles of the subjects become the curated set, some of
-another photograph the evaluation set, the rest the pool. Copies of pool and evaluation tiles and a few
-broken files are added, and the file names tell what is what.
+Each photograph is cut into disjoint tiles. Some tiles of the subjects become the curated set, some
+of another photograph the evaluation set, the rest the pool. Copies of pool and evaluation tiles and
+a few broken files are added, and the file names tell what is what.
 """
 
 import io
@@ -89,11 +89,11 @@ def _cropped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 COPIES: dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]] = {
     "recompressed": _recompressed,
-    "smaller": lambda image, rng: image.resize((image.width * 2 // 3, image.height * 2 // 3)),
+    "smaller": lambda image, _: image.resize((image.width * 2 // 3, image.height * 2 // 3)),
     "cropped": _cropped,
-    "brighter": lambda image, rng: ImageEnhance.Brightness(image).enhance(1.25),
-    "blurred": lambda image, rng: image.filter(ImageFilter.GaussianBlur(1)),
-    "bordered": lambda image, rng: ImageOps.expand(image, 4, "white"),
+    "brighter": lambda image, _: ImageEnhance.Brightness(image).enhance(1.25),
+    "blurred": lambda image, _: image.filter(ImageFilter.GaussianBlur(1)),
+    "bordered": lambda image, _: ImageOps.expand(image, 4, "white"),
 }
 
 

@@ -106,7 +106,7 @@ def copy_descriptor(config: CopyConfig) -> None:
         "measured": found.measured,
     }
     write_weights(config.out, model.state_dict(), description)
-    checkpoint_path(config.out).unlink()
+    checkpoint_path(config.out).unlink(missing_ok=True)
     print(f"wrote {config.out} ({time.monotonic() - started:.0f} s in this run)", flush=True)
 
 

@@ -77,7 +77,7 @@ def distill(config: DistillConfig) -> None:
         "seed": config.seed,
     }
     write_weights(config.out, student.vit.state_dict(), description)
-    checkpoint_path(config.out).unlink()
+    checkpoint_path(config.out).unlink(missing_ok=True)
     shutil.rmtree(features.folder)
     print(f"wrote {config.out} ({time.monotonic() - started:.0f} s in this run)", flush=True)
 
@@ -120,7 +120,9 @@ def _student(config: DistillConfig, teacher: VisionTransformer, blocks: list[int
         vit.requires_grad_(False)
         vit.blocks[same:].requires_grad_(True)
         vit.norm.requires_grad_(True)
-    return Student(vit, teacher.embed_dim)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return Student(vit, teacher.embed_dim)
 
 
 def regression_loss(

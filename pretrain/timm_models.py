@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -46,7 +46,7 @@ def load_vit(name: str, weights: Path) -> VisionTransformer:
     return model.eval().requires_grad_(False)
 
 
-def _is_plain(model: nn.Module) -> bool:
+def _is_plain(model: nn.Module) -> TypeGuard[VisionTransformer]:
     """One class token, which is also the feature, and patches of PATCH pixels."""
     return (
         isinstance(model, VisionTransformer)

@@ -59,7 +59,7 @@ class SlabIndex:
     """An inverted-file index over one slab of the base, with `nprobe` set for a target recall."""
 
     def __init__(self, base: Floats, numbers: Ints, seed: int) -> None:
-        cells = max(1, int(4 * np.sqrt(len(base))))
+        cells = max(1, min(int(4 * np.sqrt(len(base))), len(base) // 10))
         quantizer = faiss.IndexFlatIP(base.shape[1])
         self._index: Any = faiss.IndexIVFFlat(
             quantizer, base.shape[1], cells, faiss.METRIC_INNER_PRODUCT
@@ -92,4 +92,4 @@ def recall(found: Neighbours, truth: Neighbours) -> float:
     last = np.where(truth.number == NONE, np.inf, truth.cosine).min(axis=1, keepdims=True)
     wanted = (truth.number != NONE).sum()
     hits = ((found.number != NONE) & (found.cosine >= last - 1e-6)).sum()
-    return float(min(hits, wanted) / max(wanted, 1))
+    return float(min(hits, wanted) / wanted) if wanted else 1.0

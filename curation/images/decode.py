@@ -1,11 +1,12 @@
-"""Bytes to pixels, checked and bounded: what is wrong is named before anything large is allocated."""
+"""Bytes to pixels, checked and bounded: faults are named before anything large is allocated."""
 
 import io
+import math
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFile, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 # The sizes are checked here, before decoding; Pillow's own limit would only add a second message.
 Image.MAX_IMAGE_PIXELS = None
@@ -28,7 +29,7 @@ EXTENSIONS = {
 FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
 
 # How a file of a known format begins: what can't be opened all the same is damaged.
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF")
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
 TIFF_TILE_SIDES = (322, 323)
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -90,8 +91,8 @@ def decode(data: bytes, limits: Limits) -> Decoded:
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        if data.startswith(MAGIC):
+    except UnidentifiedImageError:
+        if data.startswith(MAGIC) or data[8:12] == b"WEBP":
             raise _bad(ValueError("its header can't be read"), data) from None
         raise BadImage("not_an_image its content is none of the known formats") from None
     except Exception as error:
@@ -121,9 +122,9 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
 def _check_tiles(image: Image.Image, limits: Limits) -> None:
     """A small TIFF may declare huge tiles, which are unpacked whole."""
     if image.format == "TIFF":
-        width, height = (image.tag_v2.get(tag, 1) for tag in TIFF_TILE_SIDES)  # type: ignore[attr-defined]
-        if width * height > limits.max_pixels:
-            raise BadImage(f"too_many_pixels tiles of {width}x{height}")
+        sides = [image.tag_v2.get(tag, 1) for tag in TIFF_TILE_SIDES]  # type: ignore[attr-defined]
+        if all(isinstance(side, int) for side in sides) and math.prod(sides) > limits.max_pixels:
+            raise BadImage(f"too_many_pixels tiles of {sides[0]}x{sides[1]}")
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -24,6 +24,7 @@ BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descripto
 # Thresholds of SSCD's TorchScript models: DINOv2, app. A.3.
 SSCD_THRESHOLDS = {"min_cosine": 0.6, "holdout_min_cosine": 0.45}
 SSCD_SIDE = 320  # SSCD's own choice for batches: the image squashed to 320 x 320
+SHORT_SIDE_RATIO = 256 / 224  # resize to 256, centre crop of 224: DINOv2's evaluation transform
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Pixels = npt.NDArray[np.uint8]
@@ -104,9 +105,8 @@ def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorMo
         _load_exactly(net, _state_dict(weights, "encoder.weights"), model)
     config: dict[str, Any] = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     size = int(config["input_size"][1])
-    form = InputFormat(
-        size, round(size / config["crop_pct"]), tuple(config["mean"]), tuple(config["std"])
-    )
+    short_side = round(size * SHORT_SIDE_RATIO)
+    form = InputFormat(size, short_side, tuple(config["mean"]), tuple(config["std"]))
     return VectorModel(model, net, form, precision)
 
 

@@ -14,10 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 IMAGE_EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
+# A tar begins with its first member's name, which may be BZh.jpg: only whole signatures count.
+COMPRESSED = {
+    "gzip": rb"\x1f\x8b\x08",
+    "bzip2": rb"BZh[1-9]1AY&SY",
+    "xz": rb"\xfd7zXZ\0",
+    "zstd": rb"\x28\xb5\x2f\xfd",
+}
+SIGNATURE_BYTES = 16
+TAIL_BLOCK = 1 << 20
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content", "img")
 KEY_COLUMNS = ("key", "__key__", "id", "path", "file_name", "filename", "url")
 MAX_BRACES = 1_000_000
+# What pyarrow raises on damaged files; its KeyError is for a column named twice.
+PARQUET_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,11 @@ def expand_braces(uri: str) -> list[str]:
     else:
         return [uri]  # braces that are part of a name
     heads = (uri[: match.start()] + choice + uri[match.end() :] for choice in choices)
-    return list(itertools.chain.from_iterable(expand_braces(head) for head in heads))
+    whole = itertools.chain.from_iterable(expand_braces(head) for head in heads)
+    found = list(itertools.islice(whole, MAX_BRACES + 1))
+    if len(found) > MAX_BRACES:
+        raise ValueError(f"{uri}: its braces name more than {MAX_BRACES:,} files")
+    return found
 
 
 def scan_tar(file: BinaryIO, size: int) -> Iterator[Member]:
@@ -76,41 +90,60 @@ def scan_tar(file: BinaryIO, size: int) -> Iterator[Member]:
     Members that share an image's key (the name up to its first dot) come as its extras. What is
     damaged comes as members with a fault, the last one named "" when the archive itself is.
     """
-    magic = file.read(2)
+    signature = file.read(SIGNATURE_BYTES)
     file.seek(0)
-    for start, name in COMPRESSED.items():
-        if magic == start:
+    for name, pattern in COMPRESSED.items():
+        if re.match(pattern, signature):
             yield Member("", 0, 0, fault=f"compressed_archive {name}; store it uncompressed")
             return
-    if size == 0:
-        yield Member("", 0, 0, fault="empty_archive")
-        return
-    for _, group in itertools.groupby(_tar_members(file, size), key=lambda m: _sample_key(m.name)):
-        yield from _images_of(list(group))
+    empty, images = True, False
+    groups = itertools.groupby(
+        _tar_members(file, size), key=lambda m: (m.name == "", _sample_key(m.name))
+    )
+    for _, group in groups:
+        empty = False
+        for image in _images_of(list(group)):
+            images = True
+            yield image
+    if empty:
+        yield Member("", 0, 0, fault="empty_archive it has no members")
+    elif not images:
+        yield Member("", 0, 0, fault="no_images none of its members is an image")
 
 
 def _tar_members(file: BinaryIO, size: int) -> Iterator[Member]:
+    if size == 0:
+        return
     try:
-        with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+        with tarfile.open(
+            fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape"
+        ) as tar:
+            end = -1
             for info in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # a tar may hold millions
-                if info.isdir():
-                    continue
-                fault = _member_fault(info, size)
-                yield Member(info.name, info.offset_data, info.size, fault=fault)
-            file.seek(tar.offset - tarfile.BLOCKSIZE if tar.offset >= size else tar.offset)
-            rest = file.read(tarfile.BLOCKSIZE)
-            if tar.offset < size and rest.strip(b"\0"):
-                yield Member("", tar.offset, 0, fault=f"corrupt_archive at byte {tar.offset}")
-    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-        yield Member("", 0, 0, fault=f"truncated_archive {error}")
+                if info.size < 0 or tar.offset <= end:
+                    raise ValueError("a header that leads backwards")
+                end = tar.offset
+                if not info.isdir():
+                    fault = _member_fault(info, size)
+                    yield Member(info.name, info.offset_data, info.size, fault=fault)
+            # tarfile stops without a word at a damaged header, and where another tar is appended.
+            file.seek(tar.offset)
+            while block := file.read(TAIL_BLOCK):
+                if block.strip(b"\0"):
+                    fault = f"corrupt_archive no header where one should be, at byte {tar.offset}"
+                    yield Member("", tar.offset, 0, fault=fault)
+                    break
+    except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+        reason = "truncated" if re.search("truncated|unexpected end", str(error)) else "corrupt"
+        yield Member("", 0, 0, fault=f"{reason}_archive {error}")
 
 
 def _member_fault(info: tarfile.TarInfo, size: int) -> str | None:
     if info.name.startswith("/") or ".." in info.name.split("/"):
         return "unsafe_name the member's name leaves the archive"
-    if not info.isreg():
-        return "not_a_file the member is a link or a device"
+    if not info.isreg() or info.issparse():
+        return "not_a_file the member is a link, a device or sparse"
     if info.offset_data + info.size > size:
         return "truncated_archive the file ends inside this member"
     return None
@@ -126,15 +159,17 @@ def _images_of(group: list[Member]) -> Iterator[Member]:
     if group[0].name == "":
         yield from group
         return
+    exts = [member.name.rpartition("/")[2].partition(".")[2] for member in group]
+    chosen = [f".{ext.lower()}" in IMAGE_EXTENSIONS for ext in exts]
+    if not any(chosen):  # names such as photo.v2.jpg, which aren't WebDataset's
+        chosen = [_extension(ext) in IMAGE_EXTENSIONS for ext in exts]
     images, extras = [], []
-    for member in group:
-        ext = member.name.rpartition("/")[2].partition(".")[2]
-        if f".{ext.lower()}" in IMAGE_EXTENSIONS or (
-            len(group) == 1 and _extension(member.name) in IMAGE_EXTENSIONS
-        ):
+    for member, ext, is_image in zip(group, exts, chosen, strict=True):
+        if is_image:
             images.append(member)
         elif member.fault is None:
-            extras.append({"ext": ext, "offset": member.offset, "size": member.size})
+            place: dict[str, str | int] = {"offset": member.offset, "size": member.size}
+            extras.append({"ext": readable(ext), **place})
     for image in images:
         yield Member(image.name, image.offset, image.size, extras, image.fault)
 
@@ -149,26 +184,36 @@ class ImageColumn:
     key: str | None
 
 
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_struct(kind: pa.DataType) -> bool:
+    """Hugging Face's image feature: a struct of `bytes` and `path`."""
+    return bool(
+        pa.types.is_struct(kind)
+        and kind.get_field_index("bytes") >= 0
+        and _is_bytes(kind.field("bytes").type)
+    )
+
+
 def image_column(schema: pa.Schema) -> ImageColumn | None:
     """The column with image bytes: a known name first, else the only binary column."""
-
-    def is_bytes(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    def is_struct(kind: pa.DataType) -> bool:
-        return bool(
-            pa.types.is_struct(kind)
-            and kind.get_field_index("bytes") >= 0
-            and is_bytes(kind.field("bytes").type)
-        )
-
-    found = [f.name for f in schema if is_bytes(f.type) or is_struct(f.type)]
+    found = [f.name for f in schema if _is_bytes(f.type) or _is_struct(f.type)]
     named = [name for name in IMAGE_COLUMNS if name in found]
     if not named and len(found) != 1:
         return None
     name = (named or found)[0]
-    nested = is_struct(schema.field(name).type)
-    texts = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_integer(f.type)]
+    nested = _is_struct(schema.field(name).type)
+    texts = [f.name for f in schema if _is_text(f.type) or pa.types.is_integer(f.type)]
     key = next((k for k in KEY_COLUMNS if k in texts), None)
     return ImageColumn(f"{name}.bytes" if nested else name, name, nested, key)
 
@@ -192,7 +237,9 @@ def scan_parquet(file: BinaryIO) -> Iterator[list[Member]]:
                 names = [n if k is None else str(k) for n, k in zip(names, keys, strict=True)]
             yield [Member(name, row + i, -1) for i, name in enumerate(names)]
             row += count
-    except (pa.ArrowException, OSError) as error:
+        if row == 0:
+            yield [Member("", 0, 0, fault="empty_archive it has no rows")]
+    except PARQUET_ERRORS as error:
         yield [Member("", 0, 0, fault=f"corrupt_archive {' '.join(str(error).split())[:200]}")]
 
 
@@ -204,11 +251,10 @@ def read_parquet_rows(
     column = image_column(parquet.schema_arrow)
     assert column is not None
     plain = [
-        f.name
-        for f in parquet.schema_arrow
-        if pa.types.is_string(f.type) or pa.types.is_primitive(f.type)
+        f.name for f in parquet.schema_arrow if _is_text(f.type) or pa.types.is_primitive(f.type)
     ]
-    groups, start, skip = [], 0, 0
+    groups: list[int] = []
+    start = skip = 0
     for group in range(parquet.num_row_groups):
         rows = parquet.metadata.row_group(group).num_rows
         if start + rows > first and start < first + count:

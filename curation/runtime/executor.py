@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from curation.runtime.events import Events, Progress
-from curation.runtime.store import StoreError
+from curation.runtime.store import DISK_FULL, StoreError
 
 Counts = dict[str, Any]
 
@@ -88,9 +88,8 @@ class Item:
 
 @dataclass
 class MapResult:
-    """Sums over all items: counts made now, items reused, and the items that failed with why."""
+    """Items computed now, items reused, and those that failed with why."""
 
-    counts: dict[str, float] = field(default_factory=dict)
     computed: int = 0
     reused: int = 0
     failed: dict[str, str] = field(default_factory=dict)
@@ -104,7 +103,7 @@ def map_parts(
     executor: Executor,
     events: Events,
 ) -> MapResult:
-    """Runs every item that is not `finished` yet, with progress. Failed items are returned, not raised.
+    """Runs every item that is not `finished` yet, with progress. Failures are returned, not raised.
 
     Workers return counts; the key `faults` (reason -> images) goes to the progress.
     """
@@ -121,14 +120,13 @@ def map_parts(
         for outcome in executor.map(make_worker, [item.payload for item in todo]):
             item = todo[outcome.item]
             if outcome.counts is None:
+                if DISK_FULL in outcome.error:  # it would fail the other parts as well
+                    raise StoreError(outcome.error)
                 result.failed[item.name] = outcome.error
                 progress.fail(item.name, item.images, outcome.error)
                 continue
             result.computed += 1
-            faults = outcome.counts.pop("faults", {})
-            for name, value in outcome.counts.items():
-                result.counts[name] = result.counts.get(name, 0) + value
-            progress.add(item.name, item.images, faults)
+            progress.add(item.name, item.images, outcome.counts.get("faults", {}))
     finally:
         progress.close()
     return result

@@ -24,7 +24,7 @@ class StageReport:
 
 
 def fingerprint(*parts: Any) -> str:
-    """sha256 over the canonical JSON of the parts: equal exactly when nothing that matters changed."""
+    """sha256 over the canonical JSON of the parts: equal exactly when nothing has changed."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -52,6 +52,12 @@ def forget(store: Store, stage: str) -> None:
     """Takes back the completion of a stage; its finished parts stay."""
     store.delete(f"{stage}/done.json")
     store.delete(f"status/{stage}.json")
+
+
+def restart(store: Store, stage: str) -> None:
+    """Makes a stage start over, though its fingerprint is the same."""
+    forget(store, stage)
+    store.delete(f"{stage}/started.json")
 
 
 def begin(store: Store, stage: str, wanted: str, keep: tuple[str, ...] = ()) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from curation.runtime.executor import MakeWorker, Outcome, one_thread
+from curation.runtime.executor import MakeWorker, Outcome, describe, one_thread
 from curation.runtime.store import StoreError
 
 IN_FLIGHT = 2
 ATTEMPTS = 3
+FAILED_STARTS = 10  # in a row, before it is the workers' environment and not a lost node
 POLL_S = 1.0
 RESIZE_S = 10.0
 
@@ -41,7 +42,7 @@ class _Actor:
 
 
 class RayExecutor:
-    """`address`: `local` for a Ray of its own on this machine, else a cluster (`auto`, host:port)."""
+    """`address`: `local` for a Ray of its own on this machine, else a cluster (`auto`, a port)."""
 
     def __init__(
         self, address: str, workers: int | None = None, gpus_per_worker: float = 0
@@ -68,7 +69,7 @@ class RayExecutor:
         fits = have.get("GPU", 0) / self._gpus if self._gpus else have.get("CPU", 1)
         return max(1, min(int(fits), self._limit or int(fits)))
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome | None]:
+    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]:
         pool = _Pool(make_worker, items, self._gpus)
         try:
             resized = 0.0
@@ -76,10 +77,7 @@ class RayExecutor:
                 if time.monotonic() - resized > RESIZE_S:
                     self.workers, resized = self._capacity(), time.monotonic()
                 pool.grow(min(self.workers, pool.unfinished))
-                outcomes = pool.step()
-                yield from outcomes
-                if not outcomes:
-                    yield None
+                yield from pool.step()
         finally:
             pool.close()
 
@@ -98,6 +96,7 @@ class _Pool:
         self._running: dict[Any, tuple[Any, int]] = {}  # result ref -> (actor, item)
         self._starting: dict[Any, Any] = {}  # ready ref -> actor
         self._held: dict[Any, list[int]] = {}  # ready actor -> its items, the running one first
+        self._failed_starts = 0
         self.unfinished = len(items)
 
     def grow(self, wanted: int) -> None:
@@ -120,39 +119,46 @@ class _Pool:
 
     def _collect(self, ref: Any) -> Outcome | None:
         if ref in self._starting:
-            actor = self._starting.pop(ref)
-            try:
-                ray.get(ref)
-            except RayActorError:
-                return None  # replaced by the next `grow`
-            self._held[actor] = []
+            self._started(self._starting.pop(ref), ref)
             return None
         actor, item = self._running.pop(ref)
         try:
             outcome = Outcome(item, ray.get(ref))
-        except RayActorError as error:
+        except RayTaskError as error:
+            outcome = Outcome(item, None, describe(getattr(error, "cause", error)))
+        except RayError as error:  # the actor, its worker process or its node is gone
             held = self._held.pop(actor, [])
             if held:  # only the item that was running can be to blame
                 self._attempts[held[0]] += 1
             return self._lost(item, error)
-        except RayTaskError as error:
-            cause = getattr(error, "cause", error)
-            name = "" if isinstance(cause, StoreError) else f"{type(cause).__name__}: "
-            outcome = Outcome(item, None, name + " ".join(str(cause).split())[:500])
         if actor in self._held:
             self._held[actor].remove(item)
         self.unfinished -= 1
         return outcome
 
-    def _lost(self, item: int, error: RayActorError) -> Outcome | None:
+    def _started(self, actor: Any, ready: Any) -> None:
+        """An actor that could not start is replaced by the next `grow`."""
+        try:
+            ray.get(ready)
+        except RayError as error:
+            self._failed_starts += 1
+            if self._failed_starts < FAILED_STARTS:
+                return
+            raise StoreError(
+                f"{FAILED_STARTS} workers in a row could not start; is the same environment"
+                f" installed on every node? ({describe(error)})"
+            ) from None
+        self._failed_starts = 0
+        self._held[actor] = []
+
+    def _lost(self, item: int, error: RayError) -> Outcome | None:
         """The worker died with this item: try again elsewhere, a few times."""
         if self._attempts[item] < ATTEMPTS:
             self._queue.appendleft(item)
             return None
         self.unfinished -= 1
-        return Outcome(
-            item, None, f"worker_died: {ATTEMPTS} workers died on this part ({error})"[:500]
-        )
+        why = str(error).partition("\n")[0]  # what follows are ids, which differ from run to run
+        return Outcome(item, None, f"worker_died: {ATTEMPTS} workers died on this part ({why})")
 
     def close(self) -> None:
         for actor in [*self._held, *self._starting.values()]:

@@ -1,16 +1,51 @@
 """The S3 side of `store`: boto3 against any endpoint (AWS_ENDPOINT_URL), reads by range."""
 
 import contextlib
+import functools
 import io
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from curation.runtime.store import Entry, StoreError
+from curation.runtime.store import Entry, StoreError, reason
 
 READ_AHEAD_BYTES = 1 << 20
 PART_BYTES = 16 << 20
+READ_ATTEMPTS = 3  # of a body that breaks off: botocore's own retries end with the headers
+# Errors that no later request will heal: found by the first one, and told at once.
+FATAL = {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+
+
+@functools.cache
+def _client(bucket: str, pid: int, settings: frozenset[tuple[str, str]]) -> Any:
+    """A patient client for this process, bucket and AWS_* environment (clients can't cross a fork).
+
+    The first request is made by an impatient one: a wrong endpoint shows in seconds.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import ClientError
+
+    def make(attempts: int, connect_timeout: int) -> Any:
+        retries: Any = {"total_max_attempts": attempts, "mode": "adaptive"}
+        config = Config(
+            retries=retries,
+            connect_timeout=connect_timeout,
+            read_timeout=60,
+            max_pool_connections=32,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        return boto3.client("s3", config=config)
+
+    try:
+        make(attempts=2, connect_timeout=5).list_objects_v2(Bucket=bucket, MaxKeys=1)
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") in FATAL:
+            raise
+    return make(attempts=9, connect_timeout=10)
 
 
 class S3Store:
@@ -22,28 +57,12 @@ class S3Store:
             raise StoreError(f"{uri}: no bucket named; write s3://bucket/prefix")
         self.uri = uri.rstrip("/")
         self.bucket, self.prefix = bucket, prefix.rstrip("/")
-        self._client: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None}
 
     @property
     def client(self) -> Any:
-        """A client of this process: boto3 clients must not cross a fork or a pickle."""
-        if self._client is None:
-            import boto3
-            from botocore.config import Config
-
-            retries: Any = {"max_attempts": 8, "mode": "adaptive"}
-            config = Config(
-                retries=retries,
-                connect_timeout=10,
-                read_timeout=60,
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            )
-            self._client = boto3.client("s3", config=config)
-        return self._client
+        """Use it within `_errors`."""
+        settings = frozenset((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
+        return _client(self.bucket, os.getpid(), settings)
 
     def locate(self, path: str) -> str:
         return f"{self.uri}/{path}" if path else self.uri
@@ -54,14 +73,23 @@ class S3Store:
     @contextlib.contextmanager
     def _errors(self, path: str) -> Iterator[None]:
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConnectTimeoutError,
+            EndpointConnectionError,
+        )
 
         try:
             yield
         except ClientError as error:
             raise StoreError(f"{self.locate(path)}: {self._explain(error)}") from None
-        except (BotoCoreError, Boto3Error) as error:
-            raise StoreError(f"{self.locate(path)}: {error}") from None
+        except (EndpointConnectionError, ConnectTimeoutError) as error:
+            raise StoreError(
+                f"{self.locate(path)}: {error}; check AWS_ENDPOINT_URL and the network"
+            ) from None
+        except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: the endpoint's form
+            raise StoreError(f"{self.locate(path)}: {' '.join(str(error).split())}") from None
 
     def _explain(self, error: Any) -> str:
         code = str(error.response.get("Error", {}).get("Code", ""))
@@ -95,6 +123,12 @@ class S3Store:
         return Entry(path, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
+        from botocore.exceptions import (
+            IncompleteReadError,
+            ReadTimeoutError,
+            ResponseStreamingError,
+        )
+
         extra: dict[str, str] = {}
         if length is not None:
             if length <= 0:
@@ -102,9 +136,14 @@ class S3Store:
             extra["Range"] = f"bytes={start}-{start + length - 1}"
         elif start:
             extra["Range"] = f"bytes={start}-"
+        where = {"Bucket": self.bucket, "Key": self._key(path), **extra}
         with self._errors(path):
-            answer = self.client.get_object(Bucket=self.bucket, Key=self._key(path), **extra)
-            return bytes(answer["Body"].read())
+            for _ in range(READ_ATTEMPTS - 1):
+                with contextlib.suppress(
+                    IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+                ):
+                    return bytes(self.client.get_object(**where)["Body"].read())
+            return bytes(self.client.get_object(**where)["Body"].read())
 
     def open(self, path: str) -> BinaryIO:
         raw = _RangeReader(self, path, self.stat(path).size)
@@ -121,7 +160,10 @@ class S3Store:
 
         with tempfile.TemporaryDirectory(prefix="lvd-") as folder:
             scratch = Path(folder) / "object"
-            yield scratch
+            try:
+                yield scratch
+            except OSError as error:  # the local disk may be full
+                raise reason(scratch, error) from None
             config = TransferConfig(multipart_chunksize=PART_BYTES, multipart_threshold=PART_BYTES)
             with self._errors(path):
                 self.client.upload_file(str(scratch), self.bucket, self._key(path), Config=config)

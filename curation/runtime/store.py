@@ -6,16 +6,23 @@ object appears with the completed PUT. A reader never sees half a file.
 
 import contextlib
 import errno
+import fcntl
 import io
 import os
+import re
+import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+DISK_FULL = "the disk is full"
+# tempfile's names; an image of the user's that begins alike has an extension
+SCRATCH = re.compile(r"\.tmp-[a-z0-9_]{8}")
 
 
 class StoreError(Exception):
@@ -76,16 +83,18 @@ def read_uri(uri: str) -> bytes:
     return open_store(root).read(name)
 
 
-def _reason(path: Path | str, error: OSError) -> StoreError:
+def reason(path: Path | str, error: OSError) -> StoreError:
+    """An error of the operating system as one line for people."""
     advice = {
-        errno.ENOSPC: "the disk is full; free some space and run again, finished parts are kept",
-        errno.EDQUOT: "the disk quota is used up; free some space and run again",
+        errno.ENOSPC: f"{DISK_FULL}; free some space and run again, finished parts are kept",
+        errno.EDQUOT: f"{DISK_FULL} (its quota); free some space and run again",
         errno.EACCES: "permission denied",
         errno.EROFS: "the file system is read-only",
         errno.ENOENT: "no such file",
         errno.ELOOP: "a symbolic link that points to itself",
         errno.EISDIR: "a folder, not a file",
         errno.ENOTDIR: "a file stands where a folder is needed",
+        errno.EEXIST: "a file stands where a folder is needed",
     }
     text = advice.get(error.errno or 0, error.strerror or str(error))
     return StoreError(f"{os.fsencode(path).decode('utf-8', 'backslashreplace')}: {text}")
@@ -103,14 +112,13 @@ class FileStore:
         return str(self.root / path) if path else self.uri
 
     def exists(self, path: str) -> bool:
-        return (self.root / path).exists()
+        return os.path.exists(self.root / path)
 
     def stat(self, path: str) -> Entry:
         try:
-            info = os.stat(self.root / path)
+            return _entry(path, os.stat(self.root / path))
         except OSError as error:
-            raise _reason(self.root / path, error) from None
-        return Entry(path, info.st_size, f"{info.st_mtime_ns}-{info.st_size}")
+            raise reason(self.root / path, error) from None
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         try:
@@ -119,13 +127,13 @@ class FileStore:
                     file.seek(start)
                 return file.readall() if length is None else _read_exactly(file, length)
         except OSError as error:
-            raise _reason(self.root / path, error) from None
+            raise reason(self.root / path, error) from None
 
     def open(self, path: str) -> BinaryIO:
         try:
             return open(self.root / path, "rb")
         except OSError as error:
-            raise _reason(self.root / path, error) from None
+            raise reason(self.root / path, error) from None
 
     def write(self, path: str, data: bytes) -> None:
         with self.publish(path) as temporary:
@@ -147,7 +155,7 @@ class FileStore:
                 os.fsync(file.fileno())
             os.replace(scratch, target)
         except OSError as error:
-            raise _reason(target, error) from None
+            raise reason(target, error) from None
         finally:
             if scratch is not None:
                 scratch.unlink(missing_ok=True)
@@ -156,20 +164,29 @@ class FileStore:
         target = self.root / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "ab") as file:
-                file.write(data)
+            with open(target, "ab", buffering=0) as file:
+                start, rest = file.tell(), memoryview(data)
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(start)  # no half line stays when the disk is full
+                    raise
         except OSError as error:
-            raise _reason(target, error) from None
+            raise reason(target, error) from None
 
     def delete(self, path: str) -> None:
-        (self.root / path).unlink(missing_ok=True)
+        try:
+            (self.root / path).unlink(missing_ok=True)
+        except OSError as error:
+            raise reason(self.root / path, error) from None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All files below `prefix`, sorted by folder. Linked folders are followed, loops are not.
 
         Scratch files of killed writers are left out; what can't be read comes with its fault.
         """
-        if (self.root / prefix).is_dir():
+        if os.path.isdir(self.root / prefix):
             yield from self._walk(prefix, ())
 
     def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
@@ -185,13 +202,54 @@ class FileStore:
             return
         for name in names:
             path = f"{folder}/{name}" if folder else name
-            if (self.root / path).is_dir():
+            if SCRATCH.fullmatch(name):
+                continue
+            try:
+                found = os.stat(self.root / path)
+            except OSError as error:
+                why = str(reason("", error)).removeprefix(": ")
+                yield Entry(path, 0, "", f"unreadable {why}")
+                continue
+            if stat.S_ISDIR(found.st_mode):
                 yield from self._walk(path, (*above, here))
-            elif not name.startswith(".tmp-"):
-                try:
-                    yield self.stat(path)
-                except StoreError as error:
-                    yield Entry(path, 0, "", f"unreadable {str(error).rpartition(': ')[2]}")
+            else:
+                yield _entry(path, found)
+
+
+def _entry(path: str, info: os.stat_result) -> Entry:
+    # Opening a pipe would wait for a writer for ever, reading a device never ends.
+    special = not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode))
+    fault = "not_a_file a pipe, a socket or a device" if special else ""
+    return Entry(path, info.st_size, f"{info.st_mtime_ns}-{info.st_size}", fault)
+
+
+@contextlib.contextmanager
+def hold(store: Store, folders: Iterable[str]) -> Iterator[None]:
+    """One writer at a time in a local run; scratch files that killed ones left there are removed.
+
+    An object store has no lock and no scratch files. Raises StoreError when another process
+    holds the run.
+    """
+    if not isinstance(store, FileStore):
+        yield
+        return
+    with _lock(store):
+        for folder in folders:
+            for scratch in list((store.root / folder).rglob(".tmp-*")):
+                scratch.unlink(missing_ok=True)
+        yield
+
+
+def _lock(store: FileStore) -> BinaryIO:
+    try:
+        store.root.mkdir(parents=True, exist_ok=True)
+        file = open(store.root / ".lock", "wb")  # noqa: SIM115 (the caller closes it)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however we end
+    except BlockingIOError:
+        raise StoreError(f"{store.uri}: another process is writing this run; wait for it") from None
+    except OSError as error:
+        raise reason(store.root, error) from None
+    return file
 
 
 def _current_umask() -> int:

@@ -186,7 +186,7 @@ def _write_decisions(
 def _representatives(
     labels: Ints, sizes: Ints, parts: list[Part], embedded: Embedded, store: Store
 ) -> Ints:
-    """By label, the pool image that stays: most pixels, then smallest id. Alone: the image itself."""
+    """By label, the pool image that stays: most pixels, then smallest id. Alone: itself."""
     stays = np.arange(len(labels))
     grouped = np.flatnonzero(sizes[labels] > 1)
     numbers, pixels, words = [], [], []

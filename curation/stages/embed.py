@@ -21,7 +21,7 @@ from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, 
 from curation.images.sources import read_parquet_rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, MapResult, map_parts, timer
-from curation.runtime.manifest import StageReport, begin, finish, fingerprint
+from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import (
     Store,
     StoreError,
@@ -246,6 +246,18 @@ def _record_failed(
         table = pa.Table.from_pylist(rows, schema=IMAGES)
         write_table(store, embedded.images_path(part), table)
         write_table(store, embedded.vectors_path(part), vectors(*dims).empty_table())
+
+
+def retryable(store: Store, embedded: Embedded) -> list[Part]:
+    """The finished parts that hold images whose fault may have gone away."""
+    have = {entry.path for entry in store.list("embed/images")}
+    found = []
+    for part in read_parts(store):
+        path = embedded.images_path(part)
+        faults = read_table(store, path, ["fault"])["fault"].drop_null() if path in have else []
+        if any(str(fault).startswith(RETRYABLE) for fault in faults):
+            found.append(part)
+    return found
 
 
 def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from curation.images.sources import (
 )
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
-from curation.runtime.manifest import StageReport, begin, finish, fingerprint
+from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import Entry, Store, StoreError, compression, open_store, split_uri
 from curation.schema import MEMBERS, PARTS
 from curation.stages.tables import PARTS_TABLE

@@ -14,7 +14,7 @@ from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
 from curation.stages.shards import PLACEMENT_TABLE
-from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts
+from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
 
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
 
@@ -42,13 +42,12 @@ def run(
     require_all(result, "lineage")
     counts: dict[str, dict[str, int]] = {}
     for part in parts:
-        found = read_table(store, lineage_path(part), ["decision"])["decision"].value_counts()
+        column = read_table(store, lineage_path(part), ["decision"])["decision"]
         role = counts.setdefault(part.role, dict.fromkeys(DECISIONS, 0))
-        for row in found.to_pylist():
+        for row in column.value_counts().to_pylist():
             role[row["values"]] += row["counts"]
-    return finish(
-        store, StageReport("lineage", stage_fingerprint, {"decisions": counts}, elapsed())
-    )
+    found = {"decisions": counts, "computed": result.computed, "reused": result.reused}
+    return finish(store, StageReport("lineage", stage_fingerprint, found, elapsed()))
 
 
 def lineage_path(part: Part) -> str:
@@ -66,10 +65,9 @@ class LineageWorker:
         store = self._store
         images = read_table(store, self._embedded.images_path(part)).to_pylist()
         decisions = read_decisions(store, part).to_pylist()
-        between = [("image", ">=", part.base), ("image", "<", part.base + part.rows)]
-        selected = _by_image(read_table(store, SELECTED_TABLE, filters=between), "retrieved_by")
-        shard = _by_image(read_table(store, PLACEMENT_TABLE, filters=between), "shard")
-        first = _by_image(read_table(store, SAME_BYTES_TABLE, filters=between), "first")
+        selected = _by_image(rows_of_part(store, SELECTED_TABLE, part), "retrieved_by")
+        shard = _by_image(rows_of_part(store, PLACEMENT_TABLE, part), "shard")
+        first = _by_image(rows_of_part(store, SAME_BYTES_TABLE, part), "first")
         firsts = ids_of(
             store, self._embedded, self._parts, np.array(list(first.values()), np.int64)
         )

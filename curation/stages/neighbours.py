@@ -28,7 +28,10 @@ RECALL_ROWS = 1000
 
 @dataclass(frozen=True)
 class Join:
-    """One search. Answers go to `folder`, a file a chunk of queries; `itself` excludes the query."""
+    """One search. Answers go to `folder`, a file a chunk of queries.
+
+    `itself`: the queries are in the base too and must not find themselves.
+    """
 
     stage: str
     folder: str
@@ -68,9 +71,24 @@ def search(
     Errors: StoreError when a part of the work failed, or the target recall was not reached.
     """
     summary_path = f"{join.folder}/search.json"
-    if store.exists(summary_path):
-        summary: dict[str, Any] = json.loads(store.read(summary_path))
-        return summary
+    if not store.exists(summary_path):
+        summary = _search(join, query_parts, base_parts, store, executor, events)
+        store.write(summary_path, json.dumps(summary).encode())
+    for name in ("slab", "sample"):  # only now: a search that was killed needs them to go on
+        for entry in list(store.list(f"{join.folder}/{name}")):
+            store.delete(entry.path)
+    answered: dict[str, Any] = json.loads(store.read(summary_path))
+    return answered
+
+
+def _search(
+    join: Join,
+    query_parts: Sequence[Part],
+    base_parts: Sequence[Part],
+    store: Store,
+    executor: Executor,
+    events: Events,
+) -> dict[str, Any]:
     query_chunks = chunks(query_parts, CHUNK_ROWS)
     slabs = chunks(base_parts, SLAB_ROWS)
     if sum(part.rows for part in base_parts) <= join.exact_below:
@@ -86,11 +104,8 @@ def search(
             events,
         )
         require_all(result, join.stage)
-        summary = {"method": "exact", "recall": 1.0}
-    else:
-        summary = _search_slabs(join, query_chunks, slabs, store, executor, events)
-    store.write(summary_path, json.dumps(summary).encode())
-    return summary
+        return {"method": "exact", "recall": 1.0}
+    return _search_slabs(join, query_chunks, slabs, store, executor, events)
 
 
 def answers(join: Join, store: Store) -> Iterator[pa.Table]:
@@ -114,7 +129,7 @@ def _search_slabs(
     result = map_parts(
         join.stage,
         items,
-        lambda item: not open_chunks,
+        lambda i: not open_chunks or _slab_paths(join, i.payload[1], len(query_chunks)) <= have,
         partial(SlabWorker, join, store.uri, tuple(query_chunks)),
         executor,
         events,
@@ -131,9 +146,6 @@ def _search_slabs(
             f"{join.stage}: the search reached recall {measured:.4f} on a sample, below"
             f" search.target_recall = {join.target_recall}; lower it or raise search.exact_below"
         )
-    for name in ("slab", "sample"):
-        for entry in list(store.list(f"{join.folder}/{name}")):
-            store.delete(entry.path)
     return {"method": "ivf", "slabs": len(slabs), "recall": measured}
 
 
@@ -144,6 +156,12 @@ def _item(join: Join, kind: str, number: int, parts: tuple[Part, ...]) -> Item:
 
 def _path(join: Join, kind: str, number: int) -> str:
     return f"{join.folder}/{kind}/{number:06d}.parquet"
+
+
+def _slab_paths(join: Join, slab: int, query_chunks: int) -> set[str]:
+    """A slab's answers to every chunk of queries; its sample is written before them."""
+    folder = f"{join.folder}/slab/{slab:06d}"
+    return {f"{folder}/{number:06d}.parquet" for number in range(query_chunks)}
 
 
 def _have(store: Store, folder: str) -> set[str]:

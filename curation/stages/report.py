@@ -1,16 +1,28 @@
-"""All tables -> `report/report.json`: what came in, what was written, and why."""
+"""All tables -> `report/report.html` and `report/report.json`: what came in, what was written, why.
+
+The page is one file that asks for nothing else: pictures are small data URIs, charts inline SVG.
+The JSON holds the same facts, with ids and keys in place of the pictures.
+"""
 
 import json
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from curation.images.decode import Limits
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish, read_report
 from curation.runtime.store import Store
+from curation.stages import report_examples as examples
+from curation.stages import report_facts as facts
+from curation.stages.tables import Embedded, read_parts
 
 REPORT_JSON = "report/report.json"
 REPORT_HTML = "report/report.html"
+STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage")
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,61 @@ def run(
     elapsed = timer()
     begin(store, "report", stage_fingerprint)
     stages = {}
-    for name in ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage"):
+    for name in STAGES:
         done = read_report(store, name)
         if done is not None:
             stages[name] = {"seconds": done.seconds, **done.counts}
-    facts: dict[str, Any] = {"name": cfg.name, "funnel": funnel(stages), "stages": stages}
-    store.write(REPORT_JSON, json.dumps(facts, indent=1).encode())
-    return finish(store, StageReport("report", stage_fingerprint, {}, elapsed()))
+    found, thumbnails = collect(cfg, stages, store)
+    store.write(REPORT_JSON, json.dumps(found, indent=1).encode())
+    store.write(REPORT_HTML, render(found, thumbnails).encode())
+    counts = {"thumbnails": len(thumbnails)}
+    return finish(store, StageReport("report", stage_fingerprint, counts, elapsed()))
+
+
+def collect(
+    cfg: ReportConfig, stages: dict[str, Any], store: Store
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """Everything the report says, and the thumbnails by image number."""
+    recipe = yaml.safe_load(cfg.recipe)
+    embedded, parts = Embedded(cfg.embedding), read_parts(store)
+    composition, retrieved = facts.composition(store, parts, stages, recipe)
+    sampled = [mode["set"] for mode in stages["retrieve"]["modes"] if mode["how"] == "sample"]
+    sizes = facts.cluster_sizes(store, parts, stages["cluster"]["clusters"])
+    gallery = examples.gallery(store, embedded, parts, sampled, cfg.seed)
+    groups = examples.duplicate_groups(store, parts, cfg.seed)
+    clusters = examples.cluster_examples(store, parts, sizes, cfg.seed)
+    shown = [image for one in (*groups, *clusters) for image in one["images"]]
+    shown += [image for query in gallery for image in (query, *query["neighbours"])]
+    limits = Limits(**recipe["images"])
+    thumbnails = examples.describe(store, embedded, parts, shown, limits)
+    models, dedup = facts.models(recipe, stages), stages["dedup"]
+    found = {
+        "name": cfg.name,
+        "funnel": funnel(stages),
+        "notices": facts.notices(models, stages),
+        "composition": composition,
+        "gallery": gallery,
+        "similarity": {"retrieved": retrieved, "duplicate_links": facts.duplicate_links(store)},
+        "duplicates": {
+            "sizes": {
+                str(s): dedup["component_sizes"][s]
+                for s in sorted(dedup["component_sizes"], key=int)
+            },
+            "giants": dedup["giants"],
+            "groups": groups,
+        },
+        "clusters": {**facts.describe_clusters(sizes), "examples": clusters},
+        "rejections": facts.rejections(store, embedded, parts),
+        "searches": facts.searches(stages),
+        "timings": facts.timings(stages),
+        "models": models,
+        "manifest": {
+            name: stages["shards"][name] for name in ("hash", "images", "bytes", "shards")
+        },
+        "recipe": cfg.recipe,
+        "stages": stages,
+    }
+    return found, thumbnails
 
 
 def funnel(stages: dict[str, Any]) -> dict[str, int]:
@@ -56,3 +116,37 @@ def funnel(stages: dict[str, Any]) -> dict[str, int]:
         "curated as is": stages["lineage"]["decisions"]["curated"]["selected"],
         "written": stages["shards"]["images"],
     }
+
+
+def render(found: dict[str, Any], thumbnails: dict[int, str]) -> str:
+    """The page. Keys and metadata are hostile text: everything is escaped."""
+    pages = Environment(
+        loader=PackageLoader("curation.stages", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    pages.filters |= {"count": "{:,}".format, "cosine": "{:.3f}".format}
+    pages.filters |= {"size": readable_bytes, "time": readable_seconds}
+    return pages.get_template("report.html.j2").render(**found, thumbnails=thumbnails)
+
+
+def readable_bytes(count: int) -> str:
+    """`41.1 MB`."""
+    value, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def readable_seconds(seconds: float) -> str:
+    """`1.7 s`, `9 min 20 s`, `3 h 12 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60:,} h {minutes % 60} min"

@@ -10,7 +10,6 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
@@ -137,7 +136,9 @@ def _members(store: Store, parts: list[Part], sample: Ints) -> tuple[Ints, pa.Ta
         later = pc.not_equal(table["decision"], "kept").to_numpy()
         rank = image.astype(np.uint64) + later.astype(np.uint64) * np.uint64(1 << 62)
         keep = draw_by_cluster(label, rank, MEMBERS, len(label))
-        tables.append(table.take(pa.array(np.sort(keep))).append_column("rank", pa.array(rank[np.sort(keep)])))
+        tables.append(
+            table.take(pa.array(np.sort(keep))).append_column("rank", pa.array(rank[np.sort(keep)]))
+        )
     found = pa.concat_tables(tables)
     label, rank = column_numpy(found, "component"), found["rank"].to_numpy()
     keep = draw_by_cluster(label, rank, MEMBERS, len(label))

@@ -52,7 +52,9 @@ def composition(store: Store, parts: list[Part], stages: dict[str, Any], recipe:
         row = {"set": mode["set"], "images": sizes[mode["set"]], "how": how}
         row |= {"retrieval": _retrieval(recipe["sources"]["curated"][mode["set"]], how)}
         row |= {"retrieved": chosen[name], "distinct": mode["images"], "final": final[name]}
-        row |= {"median_cosine": median(of_mode) if how == "sample" and of_mode is not None else None}
+        row |= {
+            "median_cosine": median(of_mode) if how == "sample" and of_mode is not None else None
+        }
         rows.append(row)
     total = {name: sum(row[name] for row in rows) for name in ("retrieved", "final")}
     total["images"] = sum(sizes.values())

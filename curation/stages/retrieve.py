@@ -15,7 +15,7 @@ from curation.algorithms.kmeans import assign
 from curation.algorithms.sampling import Floats, Ints, Words, backfill, draw_by_cluster, priorities
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
-from curation.runtime.manifest import StageReport, begin, finish, fingerprint
+from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import Store, StoreError, read_table, write_table
 from curation.schema import RETRIEVED_BY, SAME_BYTES, SELECTED
 from curation.stages.cluster import assignments_path, read_centroids

@@ -25,14 +25,13 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import (
     Store,
     StoreError,
-    compression,
     open_store,
     read_table,
     write_table,
 )
 from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SPOOL_INDEX
 from curation.stages.retrieve import SELECTED_TABLE, id_words
-from curation.stages.tables import Embedded, Part, by_part, column_numpy, read_parts
+from curation.stages.tables import Embedded, Part, by_part, column_numpy, read_parts, rows_of_part
 
 PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
 OPEN_ARCHIVES = 64
@@ -161,9 +160,8 @@ def _plan(cfg: ShardsConfig, embedded: Embedded, spooled: list[Part], store: Sto
             for part, block in by_part(read_parts(store), numbers[mine])
         ]
         rows = pa.concat_tables(blocks).take(pa.array(np.argsort(position[mine])))
-        with store.publish(f"shards/plan/{plan:06d}.parquet") as scratch:
-            with pq.ParquetWriter(scratch, PLAN, compression=compression(PLAN)) as writer:
-                writer.write_table(rows, row_group_size=cfg.images_per_shard)
+        path = f"shards/plan/{plan:06d}.parquet"
+        write_table(store, path, rows, row_group_size=cfg.images_per_shard)
     names = np.array(
         [shard_name(s) for s in range(int(position.max()) // cfg.images_per_shard + 1)]
     )
@@ -178,6 +176,8 @@ def _locations(
     rows = pa.array(numbers - part.base)
     members = read_table(store, part.table, row_group=part.row_group).take(rows)
     images = read_table(store, embedded.images_path(part)).take(rows)
+    chosen = rows_of_part(store, SELECTED_TABLE, part)
+    chosen = chosen.take(pa.array(np.searchsorted(chosen["image"].to_numpy(), numbers)))
     count = len(numbers)
     columns = {
         "image": pa.array(numbers),
@@ -187,12 +187,8 @@ def _locations(
         "metadata": pa.nulls(count, pa.string()),
         **{name: members[name] for name in ("key", "locator", "offset", "size", "extras")},
         **{name: images[name] for name in ("id", "ext", "width", "height")},
-        "retrieved_by": selected_rows(store, part, ["image", "retrieved_by"])["retrieved_by"],
+        "retrieved_by": chosen["retrieved_by"],
     }
-    wanted = selected_rows(store, part, ["image"])["image"].to_numpy()
-    columns["retrieved_by"] = columns["retrieved_by"].take(
-        pa.array(np.searchsorted(wanted, numbers))
-    )
     if spooled:
         index = read_table(store, _spool_path(part))
         index = index.take(pa.array(np.searchsorted(index["image"].to_numpy(), numbers)))
@@ -201,12 +197,6 @@ def _locations(
         columns["source"] = pa.array([store.uri] * count)
         columns["locator"] = pa.array([path] * count)
     return pa.table([columns[name] for name in PLAN.names], schema=PLAN)
-
-
-def selected_rows(store: Store, part: Part, columns: list[str]) -> pa.Table:
-    """The rows of `retrieve/selected.parquet` whose images lie in one part."""
-    between = [("image", ">=", part.base), ("image", "<", part.base + part.rows)]
-    return read_table(store, SELECTED_TABLE, columns, filters=between)
 
 
 class ShardWorker:

@@ -85,7 +85,7 @@ def unpack(table: pa.Table, column: str) -> npt.NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class VectorView:
-    """One column of the vectors, restricted to `distinct` images (no exact copies) or `kept` ones."""
+    """One column of the vectors: of all images, `distinct` (no exact copies) or `kept` ones."""
 
     embedded: Embedded
     column: str
@@ -114,6 +114,12 @@ def decisions_path(part: Part) -> str:
 def read_decisions(store: Store, part: Part) -> pa.Table:
     """The decisions of one part, row-aligned with its images."""
     return read_table(store, decisions_path(part))
+
+
+def rows_of_part(store: Store, path: str, part: Part) -> pa.Table:
+    """The rows of a table sorted by `image` whose images lie in one part."""
+    between = [("image", ">=", part.base), ("image", "<", part.base + part.rows)]
+    return read_table(store, path, filters=between)
 
 
 def ids_of(

@@ -6,18 +6,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain.checkpoint import checkpoint_path, save_checkpoint
 from pretrain.distill import DistillConfig, distill, regression_loss
 from pretrain.export import read_weights
-from pretrain.timm_models import build_vit, load_vit, spread_blocks
+from pretrain.timm_models import (
+    build_vit,
+    copy_blocks,
+    load_vit,
+    needed_blocks,
+    student_arch,
+)
 from pretrain.windows import Windows, evaluation_view, token_features
 
 TEACHER = "deit_tiny_patch16_224"
 
 
 def config(pictures: Path, weights: Path, out: Path, **changes: int) -> DistillConfig:
-    given = {"depth": 1, "windows": 1, "steps": 6, "batch": 4, "checkpoint_every": 2} | changes
+    given = {
+        "depth": 1,
+        "width": 64,
+        "windows": 1,
+        "steps": 6,
+        "batch": 4,
+        "checkpoint_every": 2,
+    } | changes
     return DistillConfig(TEACHER, weights, (pictures,), out, **given)
 
 
@@ -27,12 +41,13 @@ def features(vit: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_student_comes_nearer_to_the_teacher_and_its_file_describes_itself(
-    pictures: Path, teacher_weights: Path, tmp_path: Path
+    pictures: Path, teacher_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("pretrain.distill.needed_blocks", lambda *_: [3])
     out = tmp_path / "student.safetensors"
-    distill(config(pictures, teacher_weights, out, steps=0))
+    distill(config(pictures, teacher_weights, out, width=192, steps=0))
     before, description = read_weights(out)
-    distill(config(pictures, teacher_weights, out, steps=12))
+    distill(config(pictures, teacher_weights, out, width=192, steps=12))
     after, _ = read_weights(out)
 
     images = sorted(p for p in pictures.rglob("*.jpg") if p.name != "broken.jpg")
@@ -40,7 +55,7 @@ def test_the_student_comes_nearer_to_the_teacher_and_its_file_describes_itself(
     wanted = features(load_vit(TEACHER, teacher_weights), pixels)
     losses = []
     for state in (before, after):
-        student = build_vit(description["arch"], seed=0)
+        student = build_vit(description["arch"], seed=1)
         student.load_state_dict(state)
         losses.append(float(regression_loss(features(student.eval(), pixels), wanted, 0.5)))
     assert losses[1] < 0.8 * losses[0]
@@ -61,7 +76,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
         "torch.set_num_threads(1); batch = d.Windows.batch;"
         "d.Windows.batch = lambda *a: (time.sleep(0.3), batch(*a))[1];"
         "d.distill(d.DistillConfig(sys.argv[1], P(sys.argv[2]), (P(sys.argv[3]),), P(sys.argv[4]),"
-        " depth=1, windows=1, steps=6, batch=4, checkpoint_every=2))"
+        " depth=1, width=64, windows=1, steps=6, batch=4, checkpoint_every=2))"
     )
     command = [sys.executable, "-c", script, TEACHER, teacher_weights, pictures, killed]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -98,19 +113,31 @@ def test_a_narrower_student_needs_no_teacher_of_its_width(
     assert not [name for name in tensors if "projection" in name]
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student", "blocks"),
-    [
-        (12, 6, [1, 3, 5, 7, 9, 11]),
-        (12, 12, list(range(12))),
-        (12, 1, [11]),
-        (12, 5, [1, 3, 6, 8, 11]),
-    ],
-)
-def test_blocks_are_spread_evenly_and_end_with_the_last(
-    teacher: int, student: int, blocks: list[int]
+def test_blocks_that_change_nothing_are_dropped_first() -> None:
+    teacher = build_vit(student_arch(64, 5), seed=0).eval()
+    for block in (1, 3):
+        for layer in (teacher.blocks[block].attn.proj, teacher.blocks[block].mlp.fc2):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    assert needed_blocks(teacher, pixels, 3) == [0, 2, 4]
+    student = build_vit(student_arch(64, 3), seed=1).eval()
+    copy_blocks(teacher, student, [0, 2, 4])
+    assert torch.allclose(student(pixels), teacher(pixels), atol=1e-5)
+
+
+def test_what_precedes_the_first_dropped_block_stays_the_teachers(
+    pictures: Path, teacher_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert spread_blocks(teacher, student) == blocks
+    out = tmp_path / "s.safetensors"
+    monkeypatch.setattr("pretrain.distill.needed_blocks", lambda *_: [0, 1, 5])
+    distill(config(pictures, teacher_weights, out, steps=1, width=192, depth=3))
+    teacher, student = load_file(teacher_weights), load_file(out)
+    same = {name for name, value in student.items() if torch.equal(value, teacher[name])}
+    assert {"cls_token", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.weight"} <= same
+    start = teacher["blocks.5.attn.qkv.weight"].float()
+    moved = (student["blocks.2.attn.qkv.weight"].float() - start).abs()
+    assert 0 < moved.max() < 0.01
 
 
 def test_windows_are_a_function_of_their_number(pictures: Path) -> None:

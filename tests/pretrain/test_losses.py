@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-NO_IDS = torch.empty(0, dtype=torch.int64)
-
 from pretrain.losses.entropy import entropy_loss
 from pretrain.losses.infonce import info_nce
+
+NO_IDS = torch.empty(0, dtype=torch.int64)
 
 
 def batch(

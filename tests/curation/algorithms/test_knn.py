@@ -21,7 +21,9 @@ def brute(queries: Floats, base: Floats, numbers: Ints, k: int) -> list[list[int
     return answers
 
 
-@pytest.mark.parametrize(("queries", "base", "k"), [(7, 50, 4), (3, 2, 5), (1, 1, 1), (2100, 30, 3)])
+@pytest.mark.parametrize(
+    ("queries", "base", "k"), [(7, 50, 4), (3, 2, 5), (1, 1, 1), (2100, 30, 3)]
+)
 def test_an_exact_block_is_what_brute_force_finds(queries: int, base: int, k: int) -> None:
     left, right = unit(queries, 16, 1), unit(base, 16, 2)
     numbers = np.arange(base) * 10 + 5

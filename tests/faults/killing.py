@@ -1,0 +1,81 @@
+"""Runs of `curate` in child processes that end themselves with SIGKILL at a chosen write.
+
+Every publish has two points where a run can die, before and after the rename, and every delete one.
+The children are forked from a server that has the imports done: a run costs its work alone.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from conftest import Project
+
+PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba", "torchvision"]
+
+
+def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counted: Path) -> None:
+    """In the child: `curate` with small slabs, dead at the `kill_at`-th point (never: 0)."""
+    with open(log, "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    from curation.cli import main
+    from curation.runtime.store import FileStore
+    from curation.stages import neighbours
+
+    neighbours.CHUNK_ROWS = neighbours.SLAB_ROWS = rows
+    points = 0
+
+    def point() -> None:
+        nonlocal points
+        points += 1
+        if points == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    publish, delete, replace = FileStore.publish, FileStore.delete, os.replace
+
+    @contextlib.contextmanager
+    def deadly_publish(self: FileStore, path: str) -> Iterator[Path]:
+        with publish(self, path) as scratch:
+            yield scratch
+            point()
+        point()
+
+    def deadly_delete(self: FileStore, path: str) -> None:
+        delete(self, path)
+        point()
+
+    FileStore.publish, FileStore.delete = deadly_publish, deadly_delete  # type: ignore[method-assign]
+    code = main(arguments)
+    counted.write_text(str(points))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class Mortal:
+    """A project whose runs can be killed."""
+
+    def __init__(self, work: Project, rows: int = 24) -> None:
+        self.work, self._rows = work, rows
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+        self.log = work.folder / "log.txt"
+        self._counted = work.folder / "points"
+
+    def run(self, kill_at: int = 0, *options: str) -> int:
+        """The exit status of `curate run`: -9 when it was killed."""
+        arguments = ["run", str(self.work.path), "--ray", "off", *options]
+        child = self._context.Process(
+            target=run_and_die, args=(arguments, kill_at, self.log, self._rows, self._counted)
+        )
+        child.start()
+        child.join(300)
+        assert child.exitcode is not None
+        return child.exitcode
+
+    def points(self) -> int:
+        """At how many points the last whole run could have died."""
+        return int(self._counted.read_text())

@@ -1,0 +1,162 @@
+"""SIGKILL at any write of any stage, then the same command again: the same bytes, nothing twice."""
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import Project, picture, write_pictures
+from killing import Mortal
+from finished import counts, final_files
+
+STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
+# The folder of each stage's part files, and the end of their names.
+PARTS = {
+    "embed": "embed/vectors/*.parquet",
+    "cluster": "cluster/assignments/*.parquet",
+    "shards": "shards/*.index.parquet",
+    "lineage": "lineage/parts/*.parquet",
+}
+
+
+def jpeg(seed: int) -> bytes:
+    out = io.BytesIO()
+    picture(seed).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_tar(path: Path, seeds: Iterable[int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for seed in seeds:
+            data = jpeg(seed)
+            info = tarfile.TarInfo(f"{seed:05d}.jpg")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def mortal(project: Callable[..., Project]) -> Mortal:
+    """Every kind of source, search, draw and stage, in a run of a second or two."""
+    work = project(pool=range(14), curated=range(100, 104), holdout=[200, 201])
+    pool = work.folder
+    picture(3, 200, 200).save(pool / "pool" / "larger-copy.jpg", quality=90)
+    picture(200, 150, 150).save(pool / "pool" / "near-test.jpg", quality=90)
+    (pool / "pool" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    for number in range(3):
+        write_tar(pool / "tars" / f"{number}.tar", range(20 + 5 * number, 26 + 5 * number))
+    table = pa.table({"image": [jpeg(seed) for seed in range(50, 60)], "label": list(range(10))})
+    pq.write_table(table, pool / "pool.parquet", row_group_size=4)
+    write_pictures(pool / "curated", range(104, 106))
+    recipe = work.recipe
+    recipe["sources"]["pool"] += [{"uri": str(pool / "tars")}, {"uri": str(pool / "pool.parquet")}]
+    backfill = {"sample": {"k": 3, "collisions": "backfill"}}
+    draw = {"cluster": {"per_cluster": 4, "min_queries": 1}}
+    recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw]
+    recipe["search"] = {"exact_below": 0, "target_recall": 0.9}
+    recipe["resources"] = {"part_images": 8}
+    return Mortal(work)
+
+
+def finished_parts(run: Path) -> dict[str, int]:
+    """Part files of every stage that was begun but not completed."""
+    return {
+        stage: len(list(run.glob(pattern)))
+        for stage, pattern in PARTS.items()
+        if (run / stage / "started.json").exists() and not (run / stage / "done.json").exists()
+    }
+
+
+def check_resumed(mortal: Mortal, kill_at: int, whole: dict[str, Any]) -> str:
+    """Kills a fresh run at one point, runs it again and compares; returns where it was killed."""
+    run = mortal.work.run_folder
+    shutil.rmtree(run)
+    assert mortal.run(kill_at) == -9
+    at = next((stage for stage in STAGES if not (run / stage / "done.json").exists()), "end")
+    had = finished_parts(run)
+    assert mortal.run() == 0, (kill_at, at, mortal.log.read_text())
+    for stage, parts in had.items():
+        assert counts(run, stage)["reused"] == parts, (kill_at, stage)
+    found = final_files(run)
+    assert found.keys() == whole.keys(), (kill_at, at)
+    different = [name for name in whole if found[name] != whole[name]]
+    assert not different, (kill_at, at, different)
+    return at
+
+
+def spread(points: int, wanted: int) -> list[int]:
+    """`wanted` points from the first to the last, evenly."""
+    return sorted({1 + round(i * (points - 1) / (wanted - 1)) for i in range(wanted)})
+
+
+def test_killed_at_points_over_all_stages(mortal: Mortal) -> None:
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(mortal.work.run_folder)
+    for kill_at in spread(mortal.points(), 7):
+        check_resumed(mortal, kill_at, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_at_every_point(mortal: Mortal) -> None:
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(mortal.work.run_folder)
+    points = range(1, mortal.points() + 1)
+    seen = {check_resumed(mortal, kill_at, whole) for kill_at in points}
+    assert set(STAGES) <= seen
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(mortal: Mortal) -> None:
+    """Each new start gets a little further than the one before, and dies too."""
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(mortal.work.run_folder)
+    shutil.rmtree(mortal.work.run_folder)
+    starts = 0
+    while (code := mortal.run(60)) != 0:
+        assert code == -9
+        starts += 1
+        assert starts < 60
+    assert starts > 3
+    assert final_files(mortal.work.run_folder) == whole
+
+
+@pytest.mark.slow
+def test_a_recipe_edited_after_the_kill_gives_what_a_fresh_run_gives(mortal: Mortal) -> None:
+    edited = {"min_cosine": 0.9, "holdout_min_cosine": 0.85}
+    run, dedup = mortal.work.run_folder, mortal.work.recipe["dedup"]
+    mortal.work.recipe["dedup"] = edited
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(run)
+    for kill_at in spread(mortal.points(), 8):
+        shutil.rmtree(run)
+        mortal.work.recipe["dedup"] = dedup
+        assert mortal.run(kill_at) == -9
+        mortal.work.recipe["dedup"] = edited
+        assert mortal.run() == 0, mortal.log.read_text()
+        assert final_files(run) == whole, kill_at
+
+
+@pytest.mark.slow
+def test_killed_while_a_changed_recipe_clears_the_old_files_then_back_again(
+    mortal: Mortal,
+) -> None:
+    assert mortal.run() == 0, mortal.log.read_text()
+    run, per_shard = mortal.work.run_folder, {"images_per_shard": 5}
+    whole, old = final_files(run), mortal.work.recipe["shards"]
+    mortal.work.recipe["shards"] = per_shard
+    shutil.copytree(run, run.with_name("copy"))
+    assert mortal.run() == 0, mortal.log.read_text()
+    for kill_at in range(1, mortal.points() // 2, 3):
+        shutil.rmtree(run)
+        shutil.copytree(run.with_name("copy"), run)
+        mortal.work.recipe["shards"] = per_shard
+        assert mortal.run(kill_at) == -9
+        mortal.work.recipe["shards"] = old
+        assert mortal.run() == 0, (kill_at, mortal.log.read_text())
+        assert final_files(run) == whole, kill_at
