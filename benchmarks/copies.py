@@ -233,6 +233,14 @@ def builtin_descriptors() -> list[Descriptor]:
     ]
 
 
+def processor() -> str:
+    """Linux names the model; elsewhere the architecture must do."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
@@ -247,7 +255,7 @@ def main() -> int:
     descriptors = builtin_descriptors()
     measured = measure(descriptors, paths, arguments.count, arguments.seed)
     print(f"# Copies, {date.today()}\n")
-    print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}.")
+    print(f"{processor()}, one thread, torch {torch.__version__}.")
     print(f"{len(measured[0].folder)} images, {len(TRANSFORMS)} copies of each of", end=" ")
     print(f"{len(measured[0].originals)}, seed {arguments.seed}.")
     for descriptor, rows in zip(descriptors, measured, strict=True):

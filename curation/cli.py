@@ -133,7 +133,7 @@ def _make_executor(address: str | None, recipe: Recipe, images: int) -> Executor
         return InProcessExecutor()
     from curation.runtime.ray_executor import RayExecutor
 
-    return RayExecutor(address, recipe.resources.workers, gpus_per_worker=1)
+    return RayExecutor(address, recipe.resources.workers)
 
 
 def _status(options: argparse.Namespace) -> None:

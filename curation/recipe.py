@@ -1,28 +1,79 @@
 """The recipe: the YAML a user writes, as frozen models, with all faults reported at once."""
 
 import difflib
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MODES = ("as_is", "sample", "cluster")
+PLAINLY = {  # pydantic's words are Python's, the user's are YAML's
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "string_type": "must be text",
+    "too_short": "must not be empty",
+}
 
 
 class RecipeError(Exception):
     """One or more faults of a recipe; the message lists them all, a line each."""
 
 
+def _name(value: str) -> str:
+    if not NAME.fullmatch(value):
+        raise ValueError("must be letters, digits, '.', '_' and '-', at most 64")
+    return value
+
+
+def _uri(value: str) -> str:
+    scheme, found, _ = value.partition("://")
+    if (found and scheme not in ("s3", "file")) or "\0" in value or not value.strip():
+        raise ValueError("must be a local path or s3://bucket/prefix")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Uri = Annotated[str, AfterValidator(_uri)]
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name != "as_is":
+            raise ValueError("true and false (and yes, no, on, off) have no meaning here")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_left_out(cls, data: Any) -> Any:
+        """`holdout:` with nothing below it, as when its lines are commented out."""
+        if isinstance(data, dict):
+            return {key: value for key, value in data.items() if value is not None}
+        return data
 
 
 class Source(_Model):
     """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     format: Literal["folder", "webdataset", "parquet"] | None = None
 
 
@@ -44,7 +95,7 @@ class ClusterDraw(_Model):
 class Mode(_Model):
     """One entry of a set's `retrieve` list: exactly one of these."""
 
-    as_is: bool | None = None
+    as_is: Literal[True] | None = None
     sample: Sample | None = None
     cluster: ClusterDraw | None = None
 
@@ -52,13 +103,17 @@ class Mode(_Model):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         if isinstance(value, str):
-            if value == "as_is":
-                return {"as_is": True}
-            if value in ("sample", "cluster"):
-                return {value: {}}
-            raise ValueError("must be as_is, {sample: {k: 4}} or {cluster: {per_cluster: 10000}}")
+            if value not in MODES:
+                raise ValueError(
+                    "must be as_is, {sample: {k: 4}} or {cluster: {per_cluster: 10000}}"
+                    + _near(value, MODES)
+                )
+            return {value: True if value == "as_is" else {}}
         if isinstance(value, dict) and len(value) != 1:
-            raise ValueError("must hold exactly one of as_is, sample, cluster")
+            raise ValueError(f"must hold exactly one of {', '.join(MODES)}")
+        if isinstance(value, dict):  # `- sample:` alone means its defaults
+            name, given = next(iter(value.items()))
+            return {name: (True if name == "as_is" else {}) if given is None else given}
         return value
 
 
@@ -92,16 +147,8 @@ class Sources(_Model):
     """`pool` is searched, `curated` says what for, and nothing near `holdout` may stay."""
 
     pool: tuple[Source, ...] = Field(min_length=1)
-    curated: dict[str, CuratedSource] = Field(min_length=1)
-    holdout: dict[str, Source] = Field(default_factory=dict)
-
-    @field_validator("curated", "holdout")
-    @classmethod
-    def _plain_names(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name in value:
-            if not NAME.match(name):
-                raise ValueError(f"set name {name!r} must be letters, digits, '.', '_' and '-'")
-        return value
+    curated: dict[Name, CuratedSource] = Field(min_length=1)
+    holdout: dict[Name, Source] = Field(default_factory=dict)
 
 
 class Images(_Model):
@@ -175,8 +222,8 @@ class Resources(_Model):
 class Recipe(_Model):
     """The whole recipe; `curate init` writes a commented one."""
 
-    name: str
-    output: str = Field(min_length=1)
+    name: Name
+    output: Uri
     seed: int = Field(0, ge=0, lt=2**63)
     sources: Sources
     images: Images = Images()
@@ -189,21 +236,32 @@ class Recipe(_Model):
     failures: Failures = Failures()
     resources: Resources = Resources()
 
-    @field_validator("name")
+    @field_validator("sources")
     @classmethod
-    def _plain_name(cls, value: str) -> str:
-        if not NAME.match(value):
-            raise ValueError("must be letters, digits, '.', '_' and '-', at most 64")
-        return value
+    def _apart_from_output(cls, sources: Sources, info: ValidationInfo) -> Sources:
+        """A source within the output would be deleted by it; the output within one, ingested."""
+        output = _place(info.data.get("output", "\0"))
+        for source in [*sources.pool, *sources.curated.values(), *sources.holdout.values()]:
+            place = _place(source.uri)
+            if output.startswith(place) or place.startswith(output):
+                raise PydanticCustomError(
+                    "apart",
+                    "{source} and the output {output} must lie apart",
+                    {"source": source.uri, "output": info.data["output"]},
+                )
+        return sources
 
-    @model_validator(mode="after")
-    def _output_is_no_source(self) -> Self:
-        output = self.output.rstrip("/") + "/"
-        sources = [*self.sources.pool, *self.sources.curated.values()]
-        for source in [*sources, *self.sources.holdout.values()]:
-            if output.startswith(source.uri.rstrip("/") + "/"):
-                raise ValueError(f"output {self.output} lies inside the source {source.uri}")
-        return self
+
+def _place(uri: str) -> str:
+    """A uri in the form in which one begins with another if it lies inside it."""
+    if uri.startswith("s3://") or uri == "\0":
+        return uri.rstrip("/") + "/"
+    return os.path.realpath(os.path.expanduser(uri.removeprefix("file://"))).rstrip("/") + "/"
+
+
+def _near(word: str, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -213,9 +271,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key = loader.construct_object(key_node, deep=True)
+        line = key_node.start_mark.line + 1
+        if isinstance(key, list | dict):
+            raise RecipeError(f"line {line}: a key must be text, not {_short(key)}")
         if key in seen:
-            raise RecipeError(f"line {key_node.start_mark.line + 1}: '{key}' is given twice")
+            raise RecipeError(f"line {line}: '{key}' is given twice")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -242,6 +305,7 @@ def parse(text: str, where: str, overrides: list[str]) -> Recipe:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}," if mark else ""
         problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join(problem.split())
         raise RecipeError(f"{where}:{line} not valid YAML: {problem}") from None
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
@@ -252,7 +316,7 @@ def parse(text: str, where: str, overrides: list[str]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = _faults(error, data)
+        faults = _faults(error)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise RecipeError("\n".join([f"{where}: {count}", *(f"  {x}" for x in faults)])) from None
 
@@ -275,21 +339,29 @@ def _override(data: dict[str, Any], text: str) -> None:
         raise RecipeError(f"--set {text}: there is no place '{path}' in the recipe") from None
 
 
-def _faults(error: ValidationError, data: Any) -> list[str]:
+def _faults(error: ValidationError) -> list[str]:
     """One line a fault: dotted path, value, what is allowed, the nearest key."""
+    faults = error.errors()
+    places = [fault["loc"] for fault in faults]
     lines = []
-    for fault in error.errors():
-        path = ".".join(str(x) for x in fault["loc"]) or "recipe"
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            allowed = _keys_at(fault["loc"][:-1])
-            near = difflib.get_close_matches(str(fault["loc"][-1]), allowed, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+    for fault in faults:
+        place, kind = fault["loc"], fault["type"]
+        if kind == "too_short" and any(
+            len(p) > len(place) and p[: len(place)] == place for p in places
+        ):
+            continue  # its items are at fault, and listed
+        path = ".".join(str(x) for x in place if x != "[key]") or "recipe"
+        message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        if kind == "extra_forbidden":
+            allowed = _keys_at(place[:-1])
+            hint = _near(str(place[-1]), allowed)
             message = f"no such key{hint} (allowed: {', '.join(allowed)})"
-        elif fault["type"] == "missing":
+        elif kind == "missing":
             message = "is missing"
-        else:
-            message = f"{message}, got {_short(fault['input'])}"
+        elif kind != "apart":
+            if kind == "model_type":
+                message = f"must be a mapping of {', '.join(_keys_at(place))}"
+            message = f"{PLAINLY.get(kind, message)}, got {_short(fault['input'])}"
         lines.append(f"{path}: {message}")
     return lines
 

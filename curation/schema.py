@@ -15,7 +15,7 @@ VERSIONS = {
     "retrieve": 1,
     "shards": 1,
     "lineage": 1,
-    "report": 1,
+    "report": 2,
 }
 
 ROLES = ("curated", "holdout", "pool")

@@ -9,7 +9,7 @@ makes a cosine c read (c + a) / (1 + a).
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,11 +55,11 @@ class CopyConfig:
     batch: int = 48  # images; each gives two views
     lr: float = 2e-4
     weight_decay: float = 0.02
-    entropy_weight: float = 3.0
+    entropy_weight: float = 15.0
     memory: int = 3072  # views
     holdout: float = 0.11  # share of the images that calibrate the thresholds, never trained on
     seed: int = 0
-    checkpoint_every: int = 50  # steps
+    checkpoint_every: int = 25  # steps
 
 
 def copy_descriptor(config: CopyConfig) -> None:
@@ -80,6 +80,7 @@ def copy_descriptor(config: CopyConfig) -> None:
     )
     key = fingerprint({**asdict(config), "files": [str(path) for path in images]})
     train(config, key, model, training)
+    whiten_end(model, training)
 
     def describe(batch: Sequence[Image.Image]) -> torch.Tensor:
         with torch.inference_mode():
@@ -209,26 +210,53 @@ def initial_model(config: CopyConfig) -> CopyDescriptor:
     return CopyDescriptor(backbone, config.dim)
 
 
-def whiten_head(model: CopyDescriptor, images: Sequence[Path]) -> None:
-    """Start the head as a PCA whitening of unedited images: it halves the wrong neighbours of a
-    random start. The floor keeps directions that hardly vary from being blown up to noise."""
-    size = model.backbone.patch_embed.img_size[0]
-    parts = []
-    with torch.inference_mode():
-        for start in range(0, len(images), 32):
-            pixels = [squash(load_rgb(path), size) for path in images[start : start + 32]]
-            parts.append(model.pooled(to_batch(pixels)))
-        pooled = torch.cat(parts)
-        mean = pooled.mean(dim=0)
-        _, singular, directions = torch.linalg.svd(pooled - mean, full_matrices=False)
-        deviation = singular / len(pooled) ** 0.5
-        dim = min(len(model.head.weight), len(deviation))
-        scaled = directions[:dim] / (deviation[:dim, None] + WHITENING_FLOOR * deviation[0])
+def whiten_start(model: CopyDescriptor, images: Sequence[Path]) -> None:
+    """Start the head as a whitening of unedited images: it halves a random start's wrong links."""
+    matrix, offset = whitening(_rows(model, model.pooled, images))
     with torch.no_grad():
-        model.head.weight.zero_()
-        model.head.bias.zero_()
-        model.head.weight[:dim] = scaled
-        model.head.bias[:dim] = -scaled @ mean
+        dim = min(len(matrix), len(model.head.weight))
+        for parameter, values in ((model.head.weight, matrix), (model.head.bias, offset)):
+            parameter.zero_()
+            parameter[:dim] = values[:dim]
+
+
+def whiten_end(model: CopyDescriptor, images: Sequence[Path]) -> None:
+    """Fold a whitening of the descriptors into the head, as SSCD does before it compares."""
+
+    def before_norm(pixels: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = model.head(model.pooled(pixels))
+        return rows
+
+    matrix, offset = whitening(_rows(model, before_norm, images))
+    with torch.no_grad():
+        model.head.bias.copy_(matrix @ model.head.bias + offset)
+        model.head.weight.copy_(matrix @ model.head.weight)
+
+
+def whitening(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, D) rows -> matrix (D, D) and offset (D,): matrix @ row + offset has mean 0 and nearly
+    equal variances, the largest first. The floor keeps directions that hardly vary from being
+    blown up to noise; directions that M rows do not show become 0."""
+    mean = rows.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(rows - mean, full_matrices=False)
+    deviation = singular / len(rows) ** 0.5
+    matrix = torch.zeros(rows.shape[1], rows.shape[1])
+    matrix[: len(deviation)] = directions / (deviation[:, None] + WHITENING_FLOOR * deviation[0])
+    return matrix, -matrix @ mean
+
+
+def _rows(
+    model: CopyDescriptor, run: Callable[[torch.Tensor], torch.Tensor], images: Sequence[Path]
+) -> torch.Tensor:
+    """`run` of up to about WHITENING_IMAGES unedited images, evenly spread."""
+    size = model.backbone.patch_embed.img_size[0]
+    some = images[:: max(1, len(images) // WHITENING_IMAGES)]
+    with torch.inference_mode():
+        parts = [
+            run(to_batch([squash(load_rgb(path), size) for path in some[start : start + 32]]))
+            for start in range(0, len(some), 32)
+        ]
+    return torch.cat(parts)
 
 
 def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path]) -> None:
@@ -246,7 +274,7 @@ def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path
         memory.views, memory.ids = state["memory_views"], state["memory_ids"]
         print(f"going on after step {first}", flush=True)
     else:
-        whiten_head(model, images[:: max(1, len(images) // WHITENING_IMAGES)])
+        whiten_start(model, images)
     recent: list[tuple[float, float]] = []
     for step in range(first, config.steps):
         for group in optimizer.param_groups:

@@ -37,7 +37,11 @@ class Executor(Protocol):
 
     workers: int
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]: ...
+    def map(
+        self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
+    ) -> Iterator[Outcome]:
+        """`gpu`: give each worker a GPU where the cluster has any."""
+        ...
 
     def close(self) -> None: ...
 
@@ -60,7 +64,9 @@ class InProcessExecutor:
 
     workers = 1
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]:
+    def map(
+        self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
+    ) -> Iterator[Outcome]:
         if not items:
             return
         worker = make_worker()
@@ -102,6 +108,7 @@ def map_parts(
     make_worker: MakeWorker,
     executor: Executor,
     events: Events,
+    gpu: bool = False,
 ) -> MapResult:
     """Runs every item that is not `finished` yet, with progress. Failures are returned, not raised.
 
@@ -117,7 +124,7 @@ def map_parts(
         else:
             todo.append(item)
     try:
-        for outcome in executor.map(make_worker, [item.payload for item in todo]):
+        for outcome in executor.map(make_worker, [item.payload for item in todo], gpu):
             item = todo[outcome.item]
             if outcome.counts is None:
                 if DISK_FULL in outcome.error:  # it would fail the other parts as well

@@ -44,9 +44,7 @@ class _Actor:
 class RayExecutor:
     """`address`: `local` for a Ray of its own on this machine, else a cluster (`auto`, a port)."""
 
-    def __init__(
-        self, address: str, workers: int | None = None, gpus_per_worker: float = 0
-    ) -> None:
+    def __init__(self, address: str, workers: int | None = None) -> None:
         try:
             ray.init(
                 address=address,
@@ -61,21 +59,23 @@ class RayExecutor:
                 f" {' '.join(str(error).split())[:200]}); use an address, `local` or `off`"
             ) from None
         self._limit = workers
-        self._gpus = gpus_per_worker if ray.cluster_resources().get("GPU") else 0
-        self.workers = self._capacity()
+        self.workers = self._capacity(gpu=False)
 
-    def _capacity(self) -> int:
-        have = ray.cluster_resources()
-        fits = have.get("GPU", 0) / self._gpus if self._gpus else have.get("CPU", 1)
-        return max(1, min(int(fits), self._limit or int(fits)))
+    def _capacity(self, gpu: bool) -> int:
+        """Workers that the cluster has room for now."""
+        fits = int(_resources().get("GPU" if gpu else "CPU", 1))
+        return max(1, min(fits, self._limit or fits))
 
-    def map(self, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]:
-        pool = _Pool(make_worker, items, self._gpus)
+    def map(
+        self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
+    ) -> Iterator[Outcome]:
+        gpu = gpu and _resources().get("GPU", 0) >= 1
+        pool = _Pool(make_worker, items, gpus=int(gpu))
         try:
             resized = 0.0
             while pool.unfinished:
                 if time.monotonic() - resized > RESIZE_S:
-                    self.workers, resized = self._capacity(), time.monotonic()
+                    self.workers, resized = self._capacity(gpu), time.monotonic()
                 pool.grow(min(self.workers, pool.unfinished))
                 yield from pool.step()
         finally:
@@ -85,12 +85,17 @@ class RayExecutor:
         ray.shutdown()
 
 
+def _resources() -> dict[str, float]:
+    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return have
+
+
 class _Pool:
     """Items and actors of one `map`."""
 
-    def __init__(self, make_worker: MakeWorker, items: Sequence[Any], gpus: float) -> None:
+    def __init__(self, make_worker: MakeWorker, items: Sequence[Any], gpus: int) -> None:
         self._make_worker, self._items = make_worker, items
-        self._class = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
+        self._class: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
         self._queue = deque(range(len(items)))
         self._attempts = [0] * len(items)
         self._running: dict[Any, tuple[Any, int]] = {}  # result ref -> (actor, item)

@@ -19,8 +19,8 @@ FATAL = {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Expired
 
 
 @functools.cache
-def _client(bucket: str, pid: int, settings: frozenset[tuple[str, str]]) -> Any:
-    """A patient client for this process, bucket and AWS_* environment (clients can't cross a fork).
+def _client(bucket: str, process: tuple[int, frozenset[tuple[str, str]]]) -> Any:  # noqa: ARG001
+    """A patient client, one a `process` (its id and AWS_* settings): clients can't cross a fork.
 
     The first request is made by an impatient one: a wrong endpoint shows in seconds.
     """
@@ -62,7 +62,7 @@ class S3Store:
     def client(self) -> Any:
         """Use it within `_errors`."""
         settings = frozenset((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
-        return _client(self.bucket, os.getpid(), settings)
+        return _client(self.bucket, (os.getpid(), settings))
 
     def locate(self, path: str) -> str:
         return f"{self.uri}/{path}" if path else self.uri

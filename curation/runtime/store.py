@@ -234,9 +234,9 @@ def hold(store: Store, folders: Iterable[str]) -> Iterator[None]:
         yield
         return
     with _lock(store):
-        for folder in folders:
-            for scratch in list((store.root / folder).rglob(".tmp-*")):
-                scratch.unlink(missing_ok=True)
+        below = (scratch for name in folders for scratch in (store.root / name).rglob(".tmp-*"))
+        for scratch in [*store.root.glob(".tmp-*"), *below]:
+            scratch.unlink(missing_ok=True)
         yield
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from curation.images.decode import BadImage, Decoded, Limits, decode
 from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
-from curation.images.sources import read_parquet_rows
+from curation.images.sources import PARQUET_ERRORS, read_parquet_rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, MapResult, map_parts, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
@@ -36,6 +36,7 @@ from curation.stages.tables import EXACT_TABLE, Embedded, Part, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
+NO_BYTES = "no_bytes the row holds no image"
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def run(
         partial(EmbedWorker, cfg, store.uri),
         executor,
         events,
+        gpu=True,
     )
     if dims is not None:
         _record_failed(store, embedded, [i for i in items if i.name in result.failed], result, dims)
@@ -200,12 +202,8 @@ def _read_part(
     """(row, member, bytes or the reason why there are none) of a part, in order."""
     members = read_table(store, part.table, row_group=part.row_group).to_pylist()
     source = open_store(part.source)
-    if part.kind == "parquet" and not members[0]["fault"]:
-        path = members[0]["locator"].decode("utf-8", "surrogateescape")
-        with source.open(path) as file:
-            stream = read_parquet_rows(file, members[0]["offset"], len(members))
-            for row, (member, (data, _)) in enumerate(zip(members, stream, strict=True)):
-                yield row, member, "empty_file" if data is None else data
+    if part.kind == "parquet":
+        yield from _read_rows(source, members)
         return
     archive: BinaryIO | None = None
     try:
@@ -229,6 +227,33 @@ def _read_part(
     finally:
         if archive is not None:
             archive.close()
+
+
+def _read_rows(
+    source: Store, members: list[dict[str, Any]]
+) -> Iterator[tuple[int, dict[str, Any], bytes | str]]:
+    """The rows of a Parquet part. From where the file is damaged on, each says so."""
+    fault, file = "", None
+    path = members[0]["locator"].decode("utf-8", "surrogateescape")
+    stream: Iterator[tuple[bytes | None, Any]] = iter(())
+    for row, member in enumerate(members):
+        data: bytes | None = None
+        if not (fault or member["fault"]):
+            try:
+                if file is None:
+                    file = source.open(path)
+                    stream = read_parquet_rows(file, member["offset"], len(members) - row)
+                data, _ = next(stream)
+            except StopIteration:
+                fault = "corrupt_archive it ends before this row"
+            except StoreError as error:
+                fault = f"unreadable {str(error).rpartition(': ')[2]}"
+            except PARQUET_ERRORS as error:
+                fault = f"corrupt_archive {' '.join(str(error).split())[:200]}"
+        wrong = member["fault"] or fault
+        yield row, member, wrong or (NO_BYTES if data is None else data)
+    if file is not None:
+        file.close()
 
 
 def _record_failed(
@@ -261,16 +286,19 @@ def retryable(store: Store, embedded: Embedded) -> list[Part]:
 
 
 def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, Any]:
-    """Images and rejections by role, and every reason with its count."""
+    """Images and rejections, every reason with its count, and the sets that have no image left."""
     counts: dict[str, Any] = {"images": 0, "rejected": 0}
     reasons: Counter[str] = Counter()
+    usable: Counter[str] = Counter()
     for part in parts:
         table = read_table(store, embedded.images_path(part), columns=["fault"])
         faults = [fault.split()[0] for fault in table["fault"].drop_null().to_pylist()]
         reasons.update(faults)
         counts["images"] += part.rows
         counts["rejected"] += len(faults)
-    return counts | {"faults": dict(sorted(reasons.items()))}
+        usable[f"sources.{part.role}.{part.set}".rstrip(".")] += part.rows - len(faults)
+    empty = [name for name, images in usable.items() if images == 0]
+    return counts | {"faults": dict(sorted(reasons.items())), "empty": empty}
 
 
 def _check_budget(cfg: EmbedConfig, counts: dict[str, Any]) -> None:
@@ -280,8 +308,8 @@ def _check_budget(cfg: EmbedConfig, counts: dict[str, Any]) -> None:
             f"embed: {rejected} of {images} images were rejected ({counts['faults']}), more than"
             f" failures.max_share = {cfg.max_rejected_share} allows; finished parts are kept"
         )
-    if rejected == images:
-        raise StoreError(f"embed: not one of {images} images could be used ({counts['faults']})")
+    if empty := counts.pop("empty"):
+        raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
 
 
 def _exact_duplicates(store: Store, embedded: Embedded) -> int:

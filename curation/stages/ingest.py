@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,8 +71,16 @@ class Survey:
 
 
 def survey(cfg: IngestConfig) -> list[Survey]:
-    """Lists every source. Raises StoreError naming the recipe field of one that can't be used."""
-    return [_survey(spec) for spec in cfg.sources]
+    """Lists every source. Raises StoreError naming the recipe fields of all that can't be used."""
+    surveys, faults = [], []
+    for spec in cfg.sources:
+        try:
+            surveys.append(_survey(spec))
+        except StoreError as error:
+            faults.append(str(error))
+    if faults:
+        raise StoreError("\n  ".join(faults))
+    return surveys
 
 
 def run(
@@ -126,10 +134,9 @@ def identity(cfg: IngestConfig, surveys: list[Survey]) -> str:
 
 def _survey(spec: SourceSpec) -> Survey:
     images: dict[str, None] = {}
-    archives, files, ignored, found = [], 0, 0, False
+    archives, folders, files, ignored = [], set(), 0, 0
     digest = hashlib.sha256(json.dumps([spec.uri, spec.format]).encode())
     for root, entry in _files(spec):
-        found = True
         kind = _kind(spec, entry)
         if kind is None:
             ignored += 1
@@ -138,14 +145,15 @@ def _survey(spec: SourceSpec) -> Survey:
         digest.update(line.encode("utf-8", "surrogateescape"))
         if kind == "folder":
             images[root] = None
+            folders.add((root, entry.path.rpartition("/")[0]))
             files += 1
         else:
             archives.append((root, entry, kind))
-    archives, sidecars = _without_sidecars(archives)
+    archives, sidecars = _without_sidecars(archives, folders)
     if not images and not archives:
         what = f"no {spec.format} files" if spec.format else "no images, tars or Parquet files"
         raise StoreError(
-            f"{spec.field}.uri: {spec.uri}: {what if found else 'nothing there'}"
+            f"{spec.field}.uri: {spec.uri}: {what}"
             + (f" ({ignored} other files)" if ignored else "")
         )
     ignored += sidecars
@@ -153,20 +161,24 @@ def _survey(spec: SourceSpec) -> Survey:
 
 
 def _without_sidecars(
-    archives: list[tuple[str, Entry, str]],
+    archives: list[tuple[str, Entry, str]], folders: set[tuple[str, str]]
 ) -> tuple[list[tuple[str, Entry, str]], int]:
-    """Drops img2dataset's metadata tables: a Parquet file beside the tar of the same name."""
+    """Drops img2dataset's metadata: a Parquet file beside a tar or image folder of its name."""
     tars = {(root, e.path.rpartition(".")[0]) for root, e, kind in archives if kind == "webdataset"}
+    beside = tars | folders
     kept = [
         (root, entry, kind)
         for root, entry, kind in archives
-        if kind != "parquet" or (root, entry.path.rpartition(".")[0]) not in tars
+        if kind != "parquet" or (root, entry.path.rpartition(".")[0]) not in beside
     ]
     return kept, len(archives) - len(kept)
 
 
-def _files(spec: SourceSpec) -> Iterator[tuple[str, Entry]]:
-    """(root, file) of everything a source names: a file, a folder, or many by braces."""
+def _files(spec: SourceSpec, only: str = "") -> Iterator[tuple[str, Entry]]:
+    """(root, file) of everything a source names: a file, a folder, or many by braces.
+
+    `only` limits this to one of the roots.
+    """
     try:
         uris = expand_braces(spec.uri)
     except ValueError as error:
@@ -174,14 +186,21 @@ def _files(spec: SourceSpec) -> Iterator[tuple[str, Entry]]:
     for uri in uris:
         try:
             root, name = split_uri(uri)
-            if kind_of(name) is not None and not uri.endswith("/") and _is_file(root, name):
-                yield root, open_store(root).stat(name)
+            if only not in ("", root, uri):
                 continue
-            store = open_store(uri)
+            if kind_of(name) is not None and not uri.endswith("/") and _is_file(root, name):
+                yield root, _opened(root, open_store(root).stat(name))
+                continue
+            store, found = open_store(uri), False
             if not uri.startswith("s3://") and not os.path.isdir(store.uri):
                 raise StoreError(f"{uri}: no such file or folder")
             for entry in store.list():
-                yield uri, entry
+                found = True
+                if not entry.path:
+                    raise StoreError(f"{uri}: {entry.fault}")
+                yield uri, _opened(uri, entry)
+            if not found:
+                raise StoreError(f"{uri}: nothing there")
         except StoreError as error:
             raise StoreError(f"{spec.field}.uri: {error}") from None
 
@@ -192,16 +211,27 @@ def _is_file(root: str, name: str) -> bool:
     return os.path.isfile(os.path.join(os.path.expanduser(root), name))
 
 
+def _opened(root: str, entry: Entry) -> Entry:
+    """The entry; a local archive that can't be opened gets that as its fault."""
+    if root.startswith("s3://") or entry.fault or kind_of(entry.path) in (None, "folder"):
+        return entry
+    try:
+        open_store(root).open(entry.path).close()
+    except StoreError as error:
+        return replace(entry, fault=f"unreadable {str(error).rpartition(': ')[2]}")
+    return entry
+
+
 def _kind(spec: SourceSpec, entry: Entry) -> str | None:
     kind = kind_of(entry.path)
-    if kind is None and entry.fault:
+    if kind is None and entry.fault.startswith("unreadable"):
         return "folder"  # a folder or link that can't be read is recorded, not passed over
     return kind if spec.format in (None, kind) else None
 
 
 def _listed_files(spec: SourceSpec, wanted: str) -> Iterator["Row"]:
     store = open_store(wanted)
-    for root, entry in _files(spec):
+    for root, entry in _files(spec, only=wanted):
         if root == wanted and _kind(spec, entry) == "folder":
             where = readable(store.locate(entry.path))
             member = Member(entry.path, -1, entry.size, fault=entry.fault or None)
@@ -276,15 +306,17 @@ def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
 def _write_groups(store: Store, table: str, groups: Iterable[list[Row]]) -> int:
     """Streams members to a table, one row group a part; the parts' digests go into its footer."""
     total, digests = 0, []
-    with store.publish(table) as scratch:
-        with pq.ParquetWriter(scratch, MEMBERS, compression=compression(MEMBERS)) as writer:
-            for group in groups:
-                block = pa.Table.from_pylist([_row(*row) for row in group], schema=MEMBERS)
-                writer.write_table(block, row_group_size=len(group))
-                identity = [(p, m.name, m.offset, m.size, v, m.fault) for _, p, m, v in group]
-                digests.append(fingerprint(identity))
-                total += len(group)
-            writer.add_key_value_metadata({"digests": json.dumps(digests)})
+    with (
+        store.publish(table) as scratch,
+        pq.ParquetWriter(scratch, MEMBERS, compression=compression(MEMBERS)) as writer,
+    ):
+        for group in groups:
+            block = pa.Table.from_pylist([_row(*row) for row in group], schema=MEMBERS)
+            writer.write_table(block, row_group_size=len(group))
+            identity = [(p, m.name, m.offset, m.size, v, m.fault) for _, p, m, v in group]
+            digests.append(fingerprint(identity))
+            total += len(group)
+        writer.add_key_value_metadata({"digests": json.dumps(digests)})
     return total
 
 

@@ -60,39 +60,30 @@ def collect(
     recipe = yaml.safe_load(cfg.recipe)
     embedded, parts = Embedded(cfg.embedding), read_parts(store)
     composition, retrieved = facts.composition(store, parts, stages, recipe)
-    sampled = [mode["set"] for mode in stages["retrieve"]["modes"] if mode["how"] == "sample"]
+    links = facts.duplicate_links(store)
     sizes = facts.cluster_sizes(store, parts, stages["cluster"]["clusters"])
+    models, shards = facts.models(recipe, stages), stages["shards"]
+    sampled = [mode["set"] for mode in stages["retrieve"]["modes"] if mode["how"] == "sample"]
     gallery = examples.gallery(store, embedded, parts, sampled, cfg.seed)
     groups = examples.duplicate_groups(store, parts, cfg.seed)
     clusters = examples.cluster_examples(store, parts, sizes, cfg.seed)
     shown = [image for one in (*groups, *clusters) for image in one["images"]]
     shown += [image for query in gallery for image in (query, *query["neighbours"])]
-    limits = Limits(**recipe["images"])
-    thumbnails = examples.describe(store, embedded, parts, shown, limits)
-    models, dedup = facts.models(recipe, stages), stages["dedup"]
+    thumbnails = examples.describe(store, embedded, parts, shown, Limits(**recipe["images"]))
     found = {
         "name": cfg.name,
         "funnel": funnel(stages),
         "notices": facts.notices(models, stages),
         "composition": composition,
         "gallery": gallery,
-        "similarity": {"retrieved": retrieved, "duplicate_links": facts.duplicate_links(store)},
-        "duplicates": {
-            "sizes": {
-                str(s): dedup["component_sizes"][s]
-                for s in sorted(dedup["component_sizes"], key=int)
-            },
-            "giants": dedup["giants"],
-            "groups": groups,
-        },
+        "similarity": {"retrieved": retrieved, "duplicate_links": links},
+        "duplicates": {**facts.group_sizes(stages["dedup"]), "groups": groups},
         "clusters": {**facts.describe_clusters(sizes), "examples": clusters},
         "rejections": facts.rejections(store, embedded, parts),
         "searches": facts.searches(stages),
         "timings": facts.timings(stages),
         "models": models,
-        "manifest": {
-            name: stages["shards"][name] for name in ("hash", "images", "bytes", "shards")
-        },
+        "manifest": {name: shards[name] for name in ("hash", "images", "bytes", "shards")},
         "recipe": cfg.recipe,
         "stages": stages,
     }

@@ -1,6 +1,6 @@
 """The report's pictures: which images are shown, what is known of them, and their thumbnails.
 
-Everything is drawn by the recipe's seed, and bounded by the constants below whatever the run's size.
+Everything is drawn by the recipe's seed, and bounded by the constants below for runs of any size.
 """
 
 import base64
@@ -135,10 +135,8 @@ def _members(store: Store, parts: list[Part], sample: Ints) -> tuple[Ints, pa.Ta
         sizes += np.bincount(np.searchsorted(sample, label), minlength=len(sample))
         later = pc.not_equal(table["decision"], "kept").to_numpy()
         rank = image.astype(np.uint64) + later.astype(np.uint64) * np.uint64(1 << 62)
-        keep = draw_by_cluster(label, rank, MEMBERS, len(label))
-        tables.append(
-            table.take(pa.array(np.sort(keep))).append_column("rank", pa.array(rank[np.sort(keep)]))
-        )
+        table = table.append_column("rank", pa.array(rank))
+        tables.append(table.take(pa.array(draw_by_cluster(label, rank, MEMBERS, len(label)))))
     found = pa.concat_tables(tables)
     label, rank = column_numpy(found, "component"), found["rank"].to_numpy()
     keep = draw_by_cluster(label, rank, MEMBERS, len(label))

@@ -17,6 +17,7 @@ from curation.stages.retrieve import SELECTED_TABLE
 from curation.stages.tables import Embedded, Part
 
 EDGES = np.linspace(-1, 1, 101)  # cosines in steps of 0.02
+NONE = np.zeros(len(EDGES) - 1, np.int64)
 CURVE_POINTS = 200
 EXAMPLE_KEYS = 4
 
@@ -34,7 +35,9 @@ WORK = {
 }
 
 
-def composition(store: Store, parts: list[Part], stages: dict[str, Any], recipe: Any) -> Any:
+def composition(
+    store: Store, parts: list[Part], stages: dict[str, Any], recipe: Any
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A row a set and mode, as in DINOv2's table 15, and the cosines of what was retrieved.
 
     `retrieved` counts every choice, `distinct` every image once, `final` every image of the union
@@ -47,19 +50,17 @@ def composition(store: Store, parts: list[Part], stages: dict[str, Any], recipe:
             sizes[part.set] += part.rows
     rows = []
     for mode in stages["retrieve"]["modes"]:
-        name = f"{mode['set']}:{mode['how']}"
-        how, of_mode = mode["how"], cosines.get(name)
-        row = {"set": mode["set"], "images": sizes[mode["set"]], "how": how}
-        row |= {"retrieval": _retrieval(recipe["sources"]["curated"][mode["set"]], how)}
+        one, how = mode["set"], mode["how"]
+        name = f"{one}:{how}"
+        row = {"set": one, "images": sizes[one], "how": how}
+        row |= {"retrieval": _retrieval(recipe["sources"]["curated"][one], how)}
         row |= {"retrieved": chosen[name], "distinct": mode["images"], "final": final[name]}
-        row |= {
-            "median_cosine": median(of_mode) if how == "sample" and of_mode is not None else None
-        }
-        rows.append(row)
+        known = how == "sample" and chosen[name] > 0
+        rows.append(row | {"median_cosine": median(cosines[name]) if known else None})
     total = {name: sum(row[name] for row in rows) for name in ("retrieved", "final")}
     total["images"] = sum(sizes.values())
-    sampled = [counts for name, counts in cosines.items() if name.endswith(":sample")]
-    return {"rows": rows, "total": total}, histogram(sum(sampled, np.zeros(len(EDGES) - 1, int)))
+    sampled = sum((counts for name, counts in cosines.items() if name.endswith(":sample")), NONE)
+    return {"rows": rows, "total": total}, histogram(sampled)
 
 
 def selected_batches(store: Store) -> Iterator[pa.Table]:
@@ -85,7 +86,7 @@ def _choices(store: Store) -> tuple[Counter[str], Counter[str], dict[str, Counts
         _add(final, names.take(pa.array(starts)))
         for name in pc.unique(names).to_pylist():
             mine = reasons.field("cosine").filter(pc.equal(names, name)).drop_null()
-            cosines[name] = cosines.get(name, 0) + binned(mine.to_numpy())
+            cosines[name] = cosines.get(name, NONE) + binned(mine.to_numpy())
     return chosen, final, cosines
 
 
@@ -96,7 +97,7 @@ def _add(counter: Counter[str], names: pa.Array) -> None:
 
 def _retrieval(curated: Any, how: str) -> str:
     """A mode of a set as the table names it: `as is`, `sample 4`, `cluster 10,000`."""
-    given = next((mode[how] for mode in curated["retrieve"] if mode.get(how)), {})
+    given: dict[str, Any] = next((mode[how] for mode in curated["retrieve"] if mode.get(how)), {})
     if how == "sample":
         return f"sample {given['k']}"
     return "as is" if how == "as_is" else f"{how}, {given['per_cluster']:,} each"
@@ -130,10 +131,27 @@ def histogram(counts: Counts) -> dict[str, Any] | None:
 
 def duplicate_links(store: Store) -> dict[str, Any] | None:
     """The cosines of all links that dedup found; most pairs are seen from both sides."""
-    counts = np.zeros(len(EDGES) - 1, np.int64)
+    counts = NONE
     for entry in store.list("dedup/self/answers"):
-        counts += binned(read_table(store, entry.path, ["cosine"])["cosine"].to_numpy())
+        counts = counts + binned(read_table(store, entry.path, ["cosine"])["cosine"].to_numpy())
     return histogram(counts)
+
+
+def group_sizes(dedup: dict[str, Any]) -> dict[str, Any]:
+    """Groups by size in steps that double (2, 3-4, 5-8, …), and the groups that had to be cut."""
+    exact = {int(size): groups for size, groups in dedup["component_sizes"].items()}
+    steps: Counter[int] = Counter()
+    for size, groups in exact.items():
+        steps[(size - 1).bit_length()] += groups
+    return {
+        "total": sum(exact.values()),
+        "largest": max(exact, default=0),
+        "sizes": [
+            {"low": 2 ** (step - 1) + 1, "high": 2**step, "groups": steps[step]}
+            for step in range(1, max(steps, default=0) + 1)
+        ],
+        "giants": sorted(dedup["giants"], key=lambda giant: -int(giant["size"])),
+    }
 
 
 def cluster_sizes(store: Store, parts: list[Part], clusters: int) -> Counts:
@@ -196,7 +214,7 @@ def searches(stages: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def timings(stages: dict[str, Any]) -> list[dict[str, Any]]:
-    """Seconds and images a second by stage. No rate where an earlier session did some of the work."""
+    """Seconds and images a second by stage; no rate where an earlier session did a part of it."""
     dedup = sum(stages["dedup"][name] for name in ("kept", "duplicate", "near_holdout"))
     images = {
         **{name: stages[name]["images"] for name in ("ingest", "embed", "cluster", "shards")},

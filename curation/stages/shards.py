@@ -124,7 +124,8 @@ class SpoolWorker:
         member = read_table(self._store, part.table, row_group=part.row_group).slice(0, 1)
         first = member.to_pylist()[0]
         path = first["locator"].decode("utf-8", "surrogateescape")
-        rows, offset = [], 0
+        rows: list[dict[str, Any]] = []
+        offset = 0
         wanted = set((numbers - part.base).tolist())
         with (
             open_store(part.source).open(path) as file,
@@ -133,6 +134,8 @@ class SpoolWorker:
         ):
             stream = read_parquet_rows(file, first["offset"], part.rows)
             for row, (data, columns) in enumerate(stream):
+                if len(rows) == len(wanted):
+                    break  # a damaged file can't be read to its end
                 if row in wanted and data is not None:
                     out.write(data)
                     text = json.dumps(columns, default=str, sort_keys=True, ensure_ascii=False)

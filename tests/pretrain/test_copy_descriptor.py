@@ -16,6 +16,7 @@ from pretrain.copy_descriptor import (
     copy_descriptor,
     name_hash,
     split_holdout,
+    whitening,
 )
 from pretrain.export import read_weights
 from pretrain.timm_models import build_vit
@@ -108,6 +109,20 @@ def test_the_memory_keeps_the_newest_views() -> None:
     memory.add(torch.tensor([[3.0], [4.0]]), torch.tensor([3, 4]))
     assert memory.ids.tolist() == [3, 4, 1]
     assert memory.views.flatten().tolist() == [3.0, 4.0, 1.0]
+
+
+def test_whitened_rows_have_mean_0_and_nearly_equal_variances() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    rows = torch.randn(400, 5, generator=generator) * spread + 7.0
+    matrix, offset = whitening(rows)
+    white = rows @ matrix.T + offset
+    assert white.mean(dim=0).abs().max() < 1e-4
+    covariance = white.T @ white / 400
+    assert (covariance - torch.diag(covariance.diagonal())).abs().max() < 1e-3
+    assert ((covariance.diagonal() > 0.4) & (covariance.diagonal() < 1.0)).all()
+    few = rows[:3] @ whitening(rows[:3])[0].T
+    assert few.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(8, 8), (300, 9), (2000, 1500)])

@@ -1,0 +1,319 @@
+"""The report of small real runs: its numbers against the lineage, its page in a real browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Project, picture, write_pictures
+from PIL import Image
+
+from curation.stages.report import readable_bytes, readable_seconds
+from curation.stages.report_examples import THUMBNAIL_BYTES, thumbnail
+from curation.stages.report_facts import binned, histogram, median
+
+HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}.jpg"  # a folder `<script>alert(1)<` with a file
+SETS = ["as_is", {"sample": {"k": 4}}, {"cluster": {"per_cluster": 3, "min_queries": 1}}]
+
+
+@pytest.fixture
+def finished(project: Callable[..., Project]) -> Project:
+    """A run with duplicates, broken and hostile images, an evaluation image and all modes."""
+    work = project(pool=range(60), curated=range(100, 112), holdout=[200])
+    pool = work.folder / "pool"
+    for seed, size in ((3, 300), (4, 200)):
+        picture(seed, size, size).save(pool / f"copy-of-{seed}.jpg", quality=90)
+    shutil.copy(pool / "00005.jpg", pool / "same-bytes.jpg")
+    picture(200, 150, 150).save(pool / "leaked.jpg")
+    write_hostile(pool, 300)
+    (pool / "<b>broken<!--.jpg").write_bytes(b"\xff\xd8\xff not an image")
+    picture(1, 8, 8).save(pool / "tiny.png")
+    work.recipe["sources"]["curated"]["wanted"]["retrieve"] = SETS
+    work.recipe["cluster"]["k"] = 3
+    assert work.run() == 0
+    return work
+
+
+def write_hostile(folder: Path, seed: int) -> None:
+    path = folder / HOSTILE
+    path.parent.mkdir()
+    picture(seed).save(path)
+
+
+def facts_of(work: Project) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((work.run_folder / "report/report.json").read_text())
+    return facts
+
+
+def page_of(work: Project) -> str:
+    return (work.run_folder / "report/report.html").read_text()
+
+
+def remake(work: Project) -> None:
+    """`curate report`, which must need nothing from the sources."""
+    from curation.cli import main
+
+    assert main(["report", str(work.run_folder)]) == 0
+
+
+def test_the_funnel_adds_up_and_agrees_with_the_lineage(finished: Project) -> None:
+    funnel, rows = facts_of(finished)["funnel"], finished.lineage()
+    pool = [row["decision"] for row in rows if row["source"] == "pool"]
+    assert funnel["pool images"] == len(pool) == 67
+    assert funnel["rejected"] == pool.count("rejected") == 2
+    assert funnel["duplicates"] == pool.count("duplicate") == 3
+    assert funnel["near evaluation"] == pool.count("near_holdout") == 1
+    assert funnel["pool images"] - funnel["rejected"] == funnel["usable"]
+    assert funnel["usable"] - funnel["duplicates"] - funnel["near evaluation"] == funnel["kept"]
+    assert funnel["written"] == funnel["retrieved"] + funnel["curated as is"]
+    assert funnel["written"] == sum(row["decision"] == "selected" for row in rows)
+
+
+def test_the_composition_accounts_for_every_selected_image_once(finished: Project) -> None:
+    facts = facts_of(finished)
+    rows, total = facts["composition"]["rows"], facts["composition"]["total"]
+    selected = [row for row in finished.lineage() if row["decision"] == "selected"]
+    assert [row["how"] for row in rows] == ["as_is", "sample", "cluster"]
+    assert [row["retrieval"] for row in rows] == ["as is", "sample 4", "cluster, 3 each"]
+    assert sum(row["final"] for row in rows) == total["final"] == len(selected)
+    assert sum(row["retrieved"] for row in rows) == total["retrieved"]
+    assert total["retrieved"] == sum(len(row["retrieved_by"]) for row in selected)
+    assert total["images"] == 12
+    assert rows[1]["retrieved"] == 48
+    cosines = facts["similarity"]["retrieved"]
+    assert sum(cosines["counts"]) == cosines["total"] == 48
+
+
+def test_the_examples_are_true(finished: Project) -> None:
+    facts, rows = facts_of(finished), finished.lineage()
+    by_id = {row["id"]: row for row in rows}
+    assert len(facts["gallery"]) == 8
+    for query in facts["gallery"]:
+        assert query["key"] == by_id[query["id"]]["key"]
+        assert len(query["neighbours"]) == 4
+        cosines = [near["cosine"] for near in query["neighbours"]]
+        assert cosines == sorted(cosines, reverse=True)
+        for near in query["neighbours"]:
+            reasons = by_id[near["id"]]["retrieved_by"]
+            mine = [one for one in reasons if one["query_id"] == query["id"]]
+            assert mine[0]["cosine"] == pytest.approx(near["cosine"], abs=1e-4)
+    groups = {frozenset(one["key"] for one in g["images"]) for g in facts["duplicates"]["groups"]}
+    copies = [{"00003.jpg", "copy-of-3.jpg"}, {"00004.jpg", "copy-of-4.jpg"}]
+    assert groups >= {frozenset(pair) for pair in [*copies, {"00005.jpg", "same-bytes.jpg"}]}
+    for group in facts["duplicates"]["groups"]:
+        stays = [image["decision"] for image in group["images"]].count("kept")
+        assert stays == (0 if "leaked.jpg" in {i["key"] for i in group["images"]} else 1)
+    clusters = facts["clusters"]
+    assert sum(size for _, size in clusters["curve"]) == facts["funnel"]["kept"]
+    assert all(len(one["images"]) == min(6, one["size"]) for one in clusters["examples"])
+
+
+def test_rejections_searches_times_and_models_are_reported(finished: Project) -> None:
+    facts = facts_of(finished)
+    assert {(one["reason"], one["images"]) for one in facts["rejections"]} == {
+        ("not_an_image", 1),
+        ("too_small", 1),
+    }
+    keys = {one["key"] for reason in facts["rejections"] for one in reason["examples"]}
+    assert keys == {"<b>broken<!--.jpg", "tiny.png"}
+    assert [one["recall"] for one in facts["searches"]] == [1.0, 1.0, 1.0]
+    assert [row["stage"] for row in facts["timings"]][:2] == ["ingest", "embed"]
+    assert facts["models"]["thresholds"]["dedup.min_cosine"] == 0.95
+    assert facts["models"]["copy_descriptor"]["fallback"] is False
+    assert facts["notices"] == []
+    manifest = json.loads((finished.run_folder / "shards/manifest.json").read_text())
+    assert facts["manifest"]["hash"] == manifest["hash"]
+    assert manifest["hash"] in page_of(finished)
+
+
+def test_the_page_is_self_contained_and_hostile_keys_are_text(finished: Project) -> None:
+    page = page_of(finished)
+    assert len(page.encode()) < 2_000_000
+    sources = re.findall(r'(?:src|href|action|data)\s*=\s*"([^"]*)"', page)
+    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
+    for forbidden in ("<script", "<b>broken", "<!--", "@import", "url(", "<link", "<iframe"):
+        assert forbidden not in page.replace("<!doctype", ""), forbidden
+    assert "&lt;b&gt;broken&lt;!--.jpg" in page
+    assert "default-src 'none'" in page
+    assert json.dumps(facts_of(finished)).count(" onerror") == 0
+
+
+def test_a_hostile_key_is_escaped_where_it_is_shown(project: Callable[..., Project]) -> None:
+    work = project(pool=range(6), curated=[100])
+    write_hostile(work.folder / "curated", 101)
+    assert work.run() == 0
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page_of(work)
+    assert "<script" not in page_of(work)
+    assert "{{7*7}}" in page_of(work)
+
+
+def test_the_same_run_gives_the_same_report(finished: Project) -> None:
+    facts, page = facts_of(finished), page_of(finished)
+    remake(finished)
+    assert facts_of(finished) == facts
+    assert page_of(finished) == page
+
+
+@pytest.mark.parametrize("change", ["deleted", "replaced", "garbage"])
+def test_a_source_that_is_gone_leaves_a_placeholder(
+    finished: Project, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    victim = finished.folder / "curated" / "00100.jpg"
+    before = facts_of(finished)
+    for path in [*victim.parent.iterdir()]:
+        if change == "deleted":
+            path.unlink()
+        elif change == "replaced":
+            picture(999).save(path)
+        else:
+            path.write_bytes(b"garbage")
+    again(finished)
+    facts, page = facts_of(finished), page_of(finished)
+    assert facts["funnel"] == before["funnel"]
+    assert all("unavailable" in query for query in facts["gallery"])
+    assert page.count("source unavailable</") + page.count("source unavailable<small") == 8
+    assert "unavailable" not in facts["gallery"][0]["neighbours"][0]
+
+
+def again(work: Project) -> None:
+    """The report stage alone: `curate report` would notice that the sources have changed."""
+    import yaml
+
+    from curation.runtime.events import Events
+    from curation.runtime.executor import InProcessExecutor
+    from curation.runtime.manifest import read_report
+    from curation.runtime.store import open_store
+    from curation.stages import report
+
+    store = open_store(str(work.run_folder))
+    text = (work.run_folder / "recipe.yaml").read_text()
+    embedded = read_report(store, "embed")
+    assert embedded is not None
+    embedding, seed = embedded.counts["embedding"], yaml.safe_load(text)["seed"]
+    cfg = report.ReportConfig("test", text, embedding, seed)
+    report.run(cfg, "again", store, InProcessExecutor(), Events(store))
+
+
+def test_images_in_archives_have_thumbnails(project: Callable[..., Project]) -> None:
+    import tarfile
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    work = project(pool=[], curated=[100])
+    files = write_pictures(work.folder / "loose", range(8))
+    with tarfile.open(work.folder / "pool.tar", "w") as tar:
+        for path in files:
+            tar.add(path, path.name)
+    data = [path.read_bytes() for path in write_pictures(work.folder / "rows", range(20, 28))]
+    pq.write_table(pa.table({"image": data}), work.folder / "pool.parquet", row_group_size=3)
+    work.recipe["sources"]["pool"] = [
+        {"uri": str(work.folder / name)} for name in ("pool.tar", "pool.parquet")
+    ]
+    work.recipe["cluster"]["k"] = 2
+    assert work.run() == 0
+    facts = facts_of(work)
+    shown = [image for one in facts["clusters"]["examples"] for image in one["images"]]
+    assert {image["key"].partition("-")[0] for image in shown} >= {"row"}
+    assert any(image["key"].endswith(".jpg") for image in shown)
+    assert "unavailable" not in json.dumps(facts)
+
+
+def test_the_stand_ins_are_named(project: Callable[..., Project]) -> None:
+    work = project(pool=range(6), curated=[100, 101], encoder={"model": "lvd_demo"})
+    work.recipe["copy_descriptor"] = {"weights": "builtin"}
+    assert work.run() == 0
+    facts = facts_of(work)
+    assert len(facts["notices"]) == 2
+    assert "not SSCD" in page_of(work)
+    assert "demo encoder" in page_of(work)
+
+
+def test_noise_makes_small_thumbnails() -> None:
+    import base64
+    import io
+
+    from curation.images.decode import Limits
+
+    noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    uri = thumbnail(file.getvalue(), Limits(32, 10**8, 10**8, 10))
+    small = Image.open(io.BytesIO(data := base64.b64decode(uri.partition(",")[2])))
+    assert len(data) <= THUMBNAIL_BYTES
+    assert small.size == (176, 117)
+
+
+def test_histograms_keep_every_value() -> None:
+    cosines = np.array([1.0004, 1.0, 0.99, 0.985, 0.5, -1.0], np.float32)
+    counts = binned(cosines)
+    data = histogram(counts)
+    assert data is not None
+    assert counts.sum() == data["total"] == 6
+    assert data["low"] == -1.0
+    assert data["low"] + data["width"] * len(data["counts"]) == pytest.approx(1.0)
+    assert median(counts) == 0.99
+    assert histogram(np.zeros(100, np.int64)) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (41_123_840, "41.1 MB")]
+)
+def test_bytes_are_readable(count: int, text: str) -> None:
+    assert readable_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.03, "0.0 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 0 s"),
+        (560.45, "9 min 20 s"),
+        (11_520, "3 h 12 min"),
+    ],
+)
+def test_seconds_are_readable(seconds: float, text: str) -> None:
+    assert readable_seconds(seconds) == text
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, when there is one."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("no chromium with its driver is installed here")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{flag}")
+    options.add_argument("--disable-background-networking")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_opens_in_a_browser(browser: Any, finished: Project, width: int) -> None:
+    screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get((finished.run_folder / "report/report.html").as_uri())
+    sizes = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
+    assert len(sizes) > 40
+    assert min(sizes) > 0
+    assert browser.get_log("browser") == []
+    loaded = browser.execute_script(
+        "return performance.getEntriesByType('resource').map(e => e.name)"
+        ".filter(name => !name.startsWith('data:'))"
+    )
+    assert loaded == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return document.scripts.length") == 0
