@@ -231,6 +231,8 @@ def scan_parquet(file: BinaryIO) -> Iterator[list[Member]]:
         row = 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
+            if count == 0:
+                continue
             names = [f"row-{row + i:09d}" for i in range(count)]
             if column.key is not None:
                 keys = parquet.read_row_group(group, columns=[column.key])[column.key].to_pylist()

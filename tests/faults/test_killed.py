@@ -48,10 +48,10 @@ def mortal(project: Callable[..., Project]) -> Mortal:
     picture(3, 200, 200).save(pool / "pool" / "larger-copy.jpg", quality=90)
     picture(200, 150, 150).save(pool / "pool" / "near-test.jpg", quality=90)
     (pool / "pool" / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
-    for number in range(3):
+    for number in range(2):
         write_tar(pool / "tars" / f"{number}.tar", range(20 + 5 * number, 26 + 5 * number))
-    table = pa.table({"image": [jpeg(seed) for seed in range(50, 60)], "label": list(range(10))})
-    pq.write_table(table, pool / "pool.parquet", row_group_size=4)
+    table = pa.table({"image": [jpeg(seed) for seed in range(50, 56)], "label": list(range(6))})
+    pq.write_table(table, pool / "pool.parquet", row_group_size=3)
     write_pictures(pool / "curated", range(104, 106))
     recipe = work.recipe
     recipe["sources"]["pool"] += [{"uri": str(pool / "tars")}, {"uri": str(pool / "pool.parquet")}]
@@ -59,7 +59,7 @@ def mortal(project: Callable[..., Project]) -> Mortal:
     draw = {"cluster": {"per_cluster": 4, "min_queries": 1}}
     recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw]
     recipe["search"] = {"exact_below": 0, "target_recall": 0.9}
-    recipe["resources"] = {"part_images": 8}
+    recipe["resources"] = {"part_images": 9}
     return Mortal(work)
 
 
