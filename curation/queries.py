@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import pipeline
+from curation.images.sources import readable
 from curation.runtime.manifest import read_report
 from curation.runtime.store import Store, StoreError, compression, read_table
 from curation.schema import LINEAGE
@@ -89,6 +90,7 @@ def print_story(store: Store, image: str) -> None:
 
 def find(store: Store, image: str) -> list[dict[str, Any]]:
     """Lineage rows whose key is `image`, ends with `/image`, or whose id begins with it."""
+    image = readable(image)  # the command line may hold bytes that aren't UTF-8, as keys do
     rows: list[dict[str, Any]] = []
     for part in _lineage_parts(store):
         table = read_table(store, lineage_path(part))

@@ -16,6 +16,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -115,6 +116,11 @@ class Mode(_Model):
             name, given = next(iter(value.items()))
             return {name: (True if name == "as_is" else {}) if given is None else given}
         return value
+
+    @model_serializer
+    def _only_what_is_set(self) -> dict[str, Any]:
+        """As it must be written: a resolved recipe can be read again."""
+        return {name: getattr(self, name) for name in MODES if getattr(self, name) is not None}
 
 
 class CuratedSource(Source):

@@ -16,7 +16,8 @@ PAIR_PRECISION = 0.995  # of links inside a pool, at `min_cosine`
 HOLDOUT_PRECISION = 0.96  # of links to evaluation sets, where a miss costs more than an image
 SSCD_MIN_COSINE = 0.6  # DINOv2, app. A.3: the number that recipes carry
 SAME_PHOTO = 0.85  # unedited images this near are one photo saved twice, so neither right nor wrong
-COPIES = 4  # of each held-out image
+LEAST_WRONG = 0.2  # below this lie nearly all pairs, and no threshold
+COPIES = 2  # of each held-out image
 BATCH = 32
 
 Describe = Callable[[Sequence[Image.Image]], torch.Tensor]  # RGB images -> (B, D) unit norm
@@ -35,7 +36,7 @@ class Calibration:
 def calibrate(
     describe: Describe, images: Sequence[Path], held_out: Sequence[Path], seed: int
 ) -> Calibration:
-    """Edited copies of `held_out` against every image: the lowest cosines that are precise enough.
+    """Edited copies of `held_out`, and these, against all images: the lowest precise cosines.
 
     Where `min_cosine` falls below SSCD's 0.6, a constant component lifts it to exactly that.
     """
@@ -70,16 +71,20 @@ def threshold_at(right: NDArray[np.float32], wrong: NDArray[np.float32], precisi
 def pair_cosines(
     natural: NDArray[np.float32], originals: NDArray[np.int64], copies: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines of right pairs (copy, its original), and of all others above 0.2.
+    """Cosines of right pairs (copy, its original), and of wrong ones above LEAST_WRONG: a copy or
+    its original with any other image.
 
     natural (N, D); originals (H,) rows of natural; copies (H * COPIES, D), an original's together.
     """
-    of_copy = np.repeat(originals, len(copies) // len(originals))
+    each = len(copies) // len(originals)
     to_natural = copies @ natural.T  # (H * COPIES, N)
-    right = to_natural[np.arange(len(copies)), of_copy]
-    same_photo = natural[originals] @ natural.T >= SAME_PHOTO  # (H, N), the original itself too
-    to_natural[same_photo.repeat(len(copies) // len(originals), axis=0)] = -1.0
-    return right, to_natural[to_natural > 0.2]
+    right = to_natural[np.arange(len(copies)), np.repeat(originals, each)]
+    among = natural[originals] @ natural.T  # (H, N)
+    same_photo = among >= SAME_PHOTO  # each original itself too
+    to_natural[same_photo.repeat(each, axis=0)] = -1.0
+    among[same_photo] = -1.0
+    wrong = np.concatenate([to_natural[to_natural > LEAST_WRONG], among[among > LEAST_WRONG]])
+    return right, wrong
 
 
 def _describe_all(describe: Describe, images: Sequence[Path]) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.augment import edited_copy, light_copy
-from pretrain.calibrate import calibrate
+from pretrain.calibrate import Calibration, calibrate
 from pretrain.checkpoint import checkpoint_path, fingerprint, load_checkpoint, save_checkpoint
 from pretrain.errors import UserError
 from pretrain.export import copy_description, write_weights
@@ -88,27 +89,31 @@ def copy_descriptor(config: CopyConfig) -> None:
         return rows
 
     found = calibrate(describe, images, held_out, config.seed)
-    width = model.backbone.embed_dim
+    description = _description(config, model.backbone.embed_dim, found)
+    description["card"]["images"] = len(training)
+    write_weights(config.out, model.state_dict(), description)
+    checkpoint_path(config.out).unlink(missing_ok=True)
+    print(f"wrote {config.out} ({time.monotonic() - started:.0f} s in this run)", flush=True)
+
+
+def _description(config: CopyConfig, width: int, found: Calibration) -> dict[str, Any]:
     dim = config.dim + (1 if found.constant else 0)
     head = {"gem_p": GEM_POWER, "dim": dim, "constant": found.constant}
     arch = student_arch(width, config.depth, config.size)
-    description = copy_description(config.out.stem, arch, head)
-    description["thresholds"] = {
+    thresholds = {
         "min_cosine": found.min_cosine,
         "holdout_min_cosine": found.holdout_min_cosine,
     }
-    description["card"] = {
+    card = {
         "teacher": config.teacher,
         "licence": "Apache-2.0",
-        "images": len(training),
         "steps": config.steps,
         "batch": config.batch,
         "seed": config.seed,
         "measured": found.measured,
     }
-    write_weights(config.out, model.state_dict(), description)
-    checkpoint_path(config.out).unlink(missing_ok=True)
-    print(f"wrote {config.out} ({time.monotonic() - started:.0f} s in this run)", flush=True)
+    described = copy_description(config.out.stem, arch, head)
+    return described | {"thresholds": thresholds, "card": card}
 
 
 class CopyDescriptor(nn.Module):

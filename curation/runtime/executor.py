@@ -4,7 +4,6 @@ A worker is a plain class: `__init__` loads what it needs once, `__call__(item)`
 writes its output to the store and returns counts. What a part did is in the store, not in memory.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +75,6 @@ class InProcessExecutor:
             except Exception as error:  # the part boundary: recorded, the rest goes on
                 outcome = Outcome(number, None, describe(error))
             yield outcome
-        del worker
-        gc.collect()
 
     def close(self) -> None:
         return

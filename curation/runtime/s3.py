@@ -84,11 +84,11 @@ class S3Store:
             yield
         except ClientError as error:
             raise StoreError(f"{self.locate(path)}: {self._explain(error)}") from None
-        except (EndpointConnectionError, ConnectTimeoutError) as error:
+        except (EndpointConnectionError, ConnectTimeoutError, ValueError) as error:
             raise StoreError(
                 f"{self.locate(path)}: {error}; check AWS_ENDPOINT_URL and the network"
             ) from None
-        except (BotoCoreError, Boto3Error, ValueError) as error:  # ValueError: the endpoint's form
+        except (BotoCoreError, Boto3Error) as error:
             raise StoreError(f"{self.locate(path)}: {' '.join(str(error).split())}") from None
 
     def _explain(self, error: Any) -> str:

@@ -194,7 +194,7 @@ class FileStore:
             info = os.stat(self.root / folder)
             names = sorted(os.listdir(self.root / folder))
         except OSError as error:
-            yield Entry(folder, 0, "", f"unreadable {os.strerror(error.errno or 0)}")
+            yield _unreadable(folder, error)
             return
         here = (info.st_dev, info.st_ino)
         if here in above:
@@ -207,13 +207,16 @@ class FileStore:
             try:
                 found = os.stat(self.root / path)
             except OSError as error:
-                why = str(reason("", error)).removeprefix(": ")
-                yield Entry(path, 0, "", f"unreadable {why}")
+                yield _unreadable(path, error)
                 continue
             if stat.S_ISDIR(found.st_mode):
                 yield from self._walk(path, (*above, here))
             else:
                 yield _entry(path, found)
+
+
+def _unreadable(path: str, error: OSError) -> Entry:
+    return Entry(path, 0, "", "unreadable " + str(reason("", error)).removeprefix(": "))
 
 
 def _entry(path: str, info: os.stat_result) -> Entry:

@@ -135,7 +135,7 @@ def readable_bytes(count: int) -> str:
 
 def readable_seconds(seconds: float) -> str:
     """`1.7 s`, `9 min 20 s`, `3 h 12 min`."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -186,7 +186,7 @@ def describe(
         members = read_table(store, part.table, row_group=part.row_group).take(rows).to_pylist()
         for number, image, member in zip(numbers[block].tolist(), images, members, strict=True):
             facts = {name: image[name] for name in ("key", "width", "height")}
-            known[number] = {"id": image["id"].hex(), "from": part.set or "pool", **facts}
+            known[number] = {"id": image["id"].hex(), "source": part.role, **facts}
             try:
                 data = read_original(part, member, limits.max_bytes)
                 if hashlib.sha256(data).digest() != image["id"]:

@@ -18,6 +18,7 @@ from curation.stages.tables import Embedded, Part
 
 EDGES = np.linspace(-1, 1, 101)  # cosines in steps of 0.02
 NONE = np.zeros(len(EDGES) - 1, np.int64)
+FEWEST_BINS = 10
 CURVE_POINTS = 200
 EXAMPLE_KEYS = 4
 
@@ -115,11 +116,12 @@ def median(counts: Counts) -> float:
 
 
 def histogram(counts: Counts) -> dict[str, Any] | None:
-    """Counts (bins,) cut to the bins from the first to the last that holds any; None when empty."""
+    """Counts (bins,) cut to those from the first to the last that holds any; None when empty."""
     used = np.flatnonzero(counts)
     if not len(used):
         return None
-    low, high = int(used[0]), int(used[-1]) + 1
+    low = min(int(used[0]), len(counts) - FEWEST_BINS)
+    high = max(int(used[-1]) + 1, low + FEWEST_BINS)
     return {
         "low": round(float(EDGES[low]), 2),
         "width": 0.02,

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,30 +31,31 @@ def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counte
     neighbours.CHUNK_ROWS = neighbours.SLAB_ROWS = rows
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time
-    points = 0
+    points: list[str] = []
+    main_thread = threading.get_ident()
 
-    def point() -> None:
-        nonlocal points
-        points += 1
-        if points == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def point(kind: str, path: str) -> None:
+        if threading.get_ident() == main_thread:  # a heartbeat would make the numbers wander
+            points.append(f"{kind} {path.rpartition('/')[0]}")
+            if len(points) == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    publish, delete, replace = FileStore.publish, FileStore.delete, os.replace
+    publish, delete = FileStore.publish, FileStore.delete
 
     @contextlib.contextmanager
     def deadly_publish(self: FileStore, path: str) -> Iterator[Path]:
         with publish(self, path) as scratch:
             yield scratch
-            point()
-        point()
+            point("written", path)
+        point("published", path)
 
     def deadly_delete(self: FileStore, path: str) -> None:
         delete(self, path)
-        point()
+        point("deleted", path)
 
     FileStore.publish, FileStore.delete = deadly_publish, deadly_delete  # type: ignore[method-assign]
     code = main(arguments)
-    counted.write_text(str(points))
+    counted.write_text("\n".join(points))
     sys.stdout.flush()
     os._exit(code)
 
@@ -79,6 +81,6 @@ class Mortal:
         assert child.exitcode is not None
         return child.exitcode
 
-    def points(self) -> int:
-        """At how many points the last whole run could have died."""
-        return int(self._counted.read_text())
+    def points(self) -> list[str]:
+        """Where the last whole run could have died: what was done, in which folder."""
+        return self._counted.read_text().splitlines()

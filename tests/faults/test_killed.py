@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Project, picture, write_pictures
-from killing import Mortal
 from finished import counts, final_files
+from killing import Mortal
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 # The folder of each stage's part files, and the end of their names.
@@ -89,26 +89,29 @@ def check_resumed(mortal: Mortal, kill_at: int, whole: dict[str, Any]) -> str:
     return at
 
 
-def spread(points: int, wanted: int) -> list[int]:
-    """`wanted` points from the first to the last, evenly."""
-    return sorted({1 + round(i * (points - 1) / (wanted - 1)) for i in range(wanted)})
+def spread(points: list[str], wanted: int) -> list[int]:
+    """The numbers of `wanted` points from the first to the last, evenly."""
+    return sorted({1 + round(i * (len(points) - 1) / (wanted - 1)) for i in range(wanted)})
 
 
 def test_killed_at_points_over_all_stages(mortal: Mortal) -> None:
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
-    for kill_at in spread(mortal.points(), 7):
+    for kill_at in spread(mortal.points(), 3):
         check_resumed(mortal, kill_at, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_killed_at_every_point(mortal: Mortal) -> None:
+def test_killed_at_every_kind_of_write(mortal: Mortal) -> None:
+    """The first and the last point of every kind: before and after a rename, after a delete."""
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
-    points = range(1, mortal.points() + 1)
-    seen = {check_resumed(mortal, kill_at, whole) for kill_at in points}
-    assert set(STAGES) <= seen
+    points = mortal.points()
+    first = {kind: number for number, kind in reversed(list(enumerate(points, 1)))}
+    last = {kind: number for number, kind in enumerate(points, 1)}
+    kill_at = sorted({*first.values(), *last.values()})
+    assert set(STAGES) <= {check_resumed(mortal, number, whole) for number in kill_at}
 
 
 @pytest.mark.slow
@@ -152,7 +155,7 @@ def test_killed_while_a_changed_recipe_clears_the_old_files_then_back_again(
     mortal.work.recipe["shards"] = per_shard
     shutil.copytree(run, run.with_name("copy"))
     assert mortal.run() == 0, mortal.log.read_text()
-    for kill_at in range(1, mortal.points() // 2, 3):
+    for kill_at in spread(mortal.points(), 30)[:15]:
         shutil.rmtree(run)
         shutil.copytree(run.with_name("copy"), run)
         mortal.work.recipe["shards"] = per_shard

@@ -151,6 +151,8 @@ def test_a_threshold_is_the_lowest_that_is_precise_enough() -> None:
 def test_a_photo_that_the_folder_holds_twice_counts_neither_way() -> None:
     natural = np.eye(4, dtype=np.float32)
     natural[3] = natural[0]  # image 3 is image 0 again
+    natural[2] = [0.0, 0.6, 0.8, 0.0]  # image 2 looks a little like image 1
     right, wrong = pair_cosines(natural, np.array([0, 1]), natural[[0, 0, 1, 2]])
-    assert right.tolist() == [1.0, 1.0, 1.0, 0.0]
-    assert wrong.tolist() == [1.0]  # the last copy of image 1 looks like image 2
+    assert right == pytest.approx([1.0, 1.0, 1.0, 0.6])
+    # Image 2 with: the first copy of image 1; the last copy, which is image 2; image 1 itself.
+    assert wrong == pytest.approx([0.6, 1.0, 0.6])

@@ -1,0 +1,248 @@
+"""Real Ray: workers that die, a part that kills them, Ctrl-C, and a job on a cluster."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Project
+from finished import counts, final_files
+
+from curation.runtime.events import Events
+from curation.runtime.executor import Item, map_parts
+from curation.runtime.ray_executor import RayExecutor
+from curation.runtime.store import FileStore
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def processes(*wanted: str) -> dict[int, str]:
+    """Command lines, by pid, that hold all of the texts."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue  # it ended just now
+        if all(text in line for text in wanted):
+            found[int(folder.name)] = line
+    return found
+
+
+def children(parent: int) -> set[int]:
+    """All processes below one."""
+    above = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        above[int(folder.name)] = int(fields[1])
+    found, added = set[int](), {parent}
+    while added:
+        added = {pid for pid, its in above.items() if its in added} - found
+        found |= added
+    return found
+
+
+class Slow:
+    """Writes its pid, works a moment; the item `poison` kills it, another one raises."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def __call__(self, item: str) -> dict[str, Any]:
+        with open(self._folder / f"{item}.pids", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.5)
+        if item == "poison":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == "wrong":
+            raise ValueError("no good")
+        return {"images": 1}
+
+
+@pytest.fixture
+def ray_of_two() -> Iterator[RayExecutor]:
+    executor = RayExecutor("local", 2)
+    yield executor
+    executor.close()
+
+
+def items(*names: str) -> list[Item]:
+    return [Item(name, 1, name) for name in names]
+
+
+def pids(folder: Path, name: str) -> list[int]:
+    return [int(line) for line in (folder / f"{name}.pids").read_text().split()]
+
+
+def test_a_worker_that_is_killed_and_a_part_that_kills(
+    tmp_path: Path, ray_of_two: RayExecutor
+) -> None:
+    names = [f"good-{n}" for n in range(6)]
+
+    def kill_one() -> None:
+        path = tmp_path / "good-1.pids"
+        while not path.exists() or not path.read_text():
+            time.sleep(0.05)
+        os.kill(pids(tmp_path, "good-1")[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    events = Events(FileStore(str(tmp_path / "run")))
+    with events.stage("embed"):
+        result = map_parts(
+            "embed",
+            items("poison", "wrong", *names),
+            lambda item: item.name == "good-5",
+            lambda: Slow(str(tmp_path)),
+            ray_of_two,
+            events,
+        )
+    killer.join()
+    assert (result.computed, result.reused) == (5, 1)
+    assert result.failed["wrong"] == "ValueError: no good"
+    assert result.failed["poison"].startswith("worker_died: 3 workers died on this part")
+    assert len(set(pids(tmp_path, "poison"))) == 3
+    assert len(pids(tmp_path, "good-1")) == 2
+    # Beside it only what was under way when a worker was killed is done again.
+    assert sum(len(pids(tmp_path, name)) for name in names[:5]) <= 7
+
+
+class _Missing:
+    """Can't be unpickled by any worker, like a package that a node does not have."""
+
+    def __reduce__(self) -> Any:
+        return (__import__, ("no_such_package_here",))
+
+
+def test_workers_that_can_not_start_are_one_clear_error(ray_of_two: RayExecutor) -> None:
+    from curation.runtime.store import StoreError
+
+    missing = _Missing()
+    with pytest.raises(StoreError, match="could not start|no_such_package_here"):
+        for outcome in ray_of_two.map(lambda: missing, ["a"]):  # type: ignore[arg-type,return-value]
+            raise StoreError(outcome.error)
+
+
+def start(work: Project, *options: str) -> subprocess.Popen[str]:
+    """`curate run` as the leader of its own process group."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "curation", "run", str(work.path), *options],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(found: Callable[[], Any], timeout_s: float = 120) -> Any:
+    end = time.monotonic() + timeout_s
+    while not (value := found()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+    return value
+
+
+def test_a_worker_killed_while_it_embeds_changes_nothing(project: Callable[..., Project]) -> None:
+    work = project(pool=range(120))
+    assert work.run() == 0
+    whole = final_files(work.run_folder)
+    shutil.rmtree(work.run_folder)
+    running = start(work, "--ray", "local")
+    embedding = work.run_folder / "embed" / "vectors"
+    wait_for(lambda: list(embedding.glob("*.parquet")))
+    actors = [pid for pid in children(running.pid) if pid in processes("ray::_Actor")]
+    assert actors
+    os.kill(actors[0], signal.SIGKILL)
+    assert running.wait(300) == 0, running.communicate()
+    assert final_files(work.run_folder) == whole
+
+
+def test_ctrl_c_says_one_line_and_leaves_no_ray_behind(project: Callable[..., Project]) -> None:
+    work = project(pool=range(200))
+    running = start(work, "--ray", "local")
+    wait_for(lambda: list((work.run_folder / "embed" / "vectors").glob("*.parquet")))
+    below = children(running.pid)
+    os.killpg(running.pid, signal.SIGINT)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 130
+    said = [line for line in errors.splitlines() if "images/s" not in line and line.strip()]
+    assert said == ["curate: stopped; finished parts are kept, run again to go on"]
+    status = json.loads((work.run_folder / "status" / "embed.json").read_text())
+    assert status["state"] == "stopped"
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 30)
+    assert work.run() == 0
+    assert counts(work.run_folder, "embed")["reused"] > 0
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The dashboard's address of a `ray start --head` of its own, ended by pid."""
+    scratch = Path("/tmp") / f"lvd-{os.getpid()}"
+    port, dashboard = free_port(), free_port()
+    ray = Path(sys.executable).parent / "ray"
+    command = [str(ray), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    command += ["--include-dashboard=true", f"--temp-dir={scratch}", "--ray-client-server-port=0"]
+    env = {**os.environ, "PATH": f"{ray.parent}:{os.environ['PATH']}"}
+    head = subprocess.Popen(
+        command,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+    def answers() -> bool:
+        with socket.socket() as one:
+            return one.connect_ex(("127.0.0.1", dashboard)) == 0
+
+    try:
+        wait_for(answers, 120)
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        below = children(head.pid)
+        head.terminate()
+        head.wait(60)
+        for pid in below:
+            if str(scratch) in processes("").get(pid, "") or pid in processes("ray"):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def test_a_job_on_a_cluster(project: Callable[..., Project], cluster: str) -> None:
+    """The command of the manual, with the project's root as working directory."""
+    work = project(pool=range(40))
+    assert work.run() == 0
+    whole = final_files(work.run_folder)
+    shutil.rmtree(work.run_folder)
+    tools = Path(sys.executable).parent
+    command = [str(tools / "ray"), "job", "submit", "--address", cluster, "--working-dir", "."]
+    command += ["--", "python", "curate.py", "run", str(work.path)]
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert final_files(work.run_folder) == whole
+    status = json.loads((work.run_folder / "status" / "embed.json").read_text())
+    assert status["workers"] == 2  # the cluster's, not this machine's own
