@@ -65,13 +65,13 @@ def measure(bench: Path, lineage: Path) -> list[tuple[str, int, float, float]]:
     return table
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Retrieval quality on labelled images.")
     parser.add_argument("--bench", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--run", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.run.parent.mkdir(parents=True, exist_ok=True)
     path = options.run.parent / f"{options.run.name}.yaml"
     path.write_text(yaml.safe_dump(recipe(options.bench, options.weights, options.run)))

@@ -26,7 +26,8 @@ EXTRA = pa.struct([("ext", pa.string()), ("offset", pa.int64()), ("size", pa.int
 
 # ingest: one row an input image, found but not yet read. `locator` is the exact name under the
 # source (bytes: names need not be UTF-8), `key` its readable form. Archive members have an offset
-# (-1: the whole file); in Parquet the offset is the row number. `fault` tells why a member can't be read at all.
+# (-1: the whole file); in Parquet the offset is the row number. `fault` tells why a member can't
+# be read at all.
 MEMBERS = pa.schema(
     [
         ("uri", pa.string()),

@@ -64,7 +64,10 @@ class InProcessExecutor:
     workers = 1
 
     def map(
-        self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
+        self,
+        make_worker: MakeWorker,
+        items: Sequence[Any],
+        gpu: bool = False,  # noqa: ARG002 (models take a GPU that is there by themselves)
     ) -> Iterator[Outcome]:
         if not items:
             return

@@ -38,7 +38,7 @@ def _client(bucket: str, process: tuple[int, frozenset[tuple[str, str]]]) -> Any
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        return boto3.client("s3", config=config)
+        return boto3.Session().client("s3", config=config)
 
     try:
         make(attempts=2, connect_timeout=5).list_objects_v2(Bucket=bucket, MaxKeys=1)

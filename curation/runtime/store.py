@@ -292,7 +292,7 @@ def read_table(
 def write_table(
     store: Store, path: str, table: pa.Table, row_group_size: int | None = None
 ) -> None:
-    """Publishes a Parquet table: uncompressed binary (vectors don't compress), zstd for the rest."""
+    """Publishes a Parquet table; vectors stay uncompressed, the rest is zstd."""
     with store.publish(path) as scratch:
         pq.write_table(
             table,

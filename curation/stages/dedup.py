@@ -1,8 +1,8 @@
 """Copy vectors -> what stays of each part: near-duplicate groups, and everything near the holdout.
 
 DINOv2, app. A.3: neighbours above a cosine join into components; one image a component stays; a
-component that holds an evaluation image goes whole. The union-find runs in this process: 37 bytes
-an image (44 GB for 1.2 billion), and the edges of oversized groups.
+component that holds an evaluation image goes whole. The union-find runs in this process:
+about 70 bytes an image and 90 more for one with copies (docs/memory.md), and the edges of giants.
 """
 
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from curation.stages.tables import (
     Part,
     VectorView,
     by_part,
+    column_bytes,
     column_numpy,
     decisions_path,
     ids_of,
@@ -197,8 +198,7 @@ def _representatives(
         table = read_table(store, embedded.images_path(part), ["id", "width", "height"]).take(rows)
         numbers.append(part.base + rows)
         pixels.append(column_numpy(table, "width") * column_numpy(table, "height"))
-        ids = b"".join(table["id"].to_pylist())
-        words.append(np.frombuffer(ids, ">u8").reshape(-1, 4))
+        words.append(column_bytes(table, "id").view(">u8"))
     if not numbers:
         return stays
     number, pixel, word = np.concatenate(numbers), np.concatenate(pixels), np.concatenate(words)

@@ -32,7 +32,15 @@ from curation.runtime.store import (
     write_table,
 )
 from curation.schema import EXACT, IMAGES, vectors
-from curation.stages.tables import EXACT_TABLE, Embedded, Part, read_parts
+from curation.stages.tables import (
+    EXACT_TABLE,
+    Embedded,
+    Part,
+    column_bytes,
+    first_of_equal,
+    ids_of,
+    read_parts,
+)
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
@@ -315,41 +323,21 @@ def _check_budget(cfg: EmbedConfig, counts: dict[str, Any]) -> None:
 def _exact_duplicates(store: Store, embedded: Embedded) -> int:
     """Writes the pool images that have an earlier one's bytes. Memory: 24 bytes a pool image.
 
-    Groups by the first 8 bytes of the sha256, then compares whole ids within a group.
+    Finds images that share the first 8 bytes of the sha256, then compares the whole ids of those.
     """
     numbers, prefixes = [], []
     pool = read_parts(store, "pool")
     for part in pool:
-        ids, usable = _ids(store, embedded, part)
-        rows = np.flatnonzero(usable)
+        table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
+        rows = np.flatnonzero(table["fault"].is_null().to_numpy(zero_copy_only=False))
         numbers.append(part.base + rows)
-        prefixes.append(ids[rows, :8].copy().view(np.uint64)[:, 0])
-    image, prefix = np.concatenate(numbers), np.concatenate(prefixes)
+        prefixes.append(np.ascontiguousarray(column_bytes(table, "id")[rows, :8]).view(np.uint64))
+    image, prefix = np.concatenate(numbers), np.concatenate(prefixes)[:, 0]
     order = np.argsort(prefix, kind="stable")
-    image, prefix = image[order], prefix[order]
-    same = np.flatnonzero(prefix[1:] == prefix[:-1])
-    suspects = np.unique(np.concatenate([image[same], image[same + 1]]))
-    first_of: dict[bytes, int] = {}
-    pairs = []
-    for part in pool:
-        mine = suspects[(suspects >= part.base) & (suspects < part.base + part.rows)]
-        if len(mine):
-            ids, _ = _ids(store, embedded, part)
-            for number in mine:
-                first = first_of.setdefault(ids[number - part.base].tobytes(), int(number))
-                if first != number:
-                    pairs.append({"image": int(number), "first": first})
-    write_table(store, EXACT_TABLE, pa.Table.from_pylist(pairs, schema=EXACT))
-    return len(pairs)
-
-
-def _ids(
-    store: Store, embedded: Embedded, part: Part
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Ids (n, 32), zeros where there is none, and which images can be used."""
-    table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
-    ids = np.zeros((len(table), 32), np.uint8)
-    for row, value in enumerate(table["id"].to_pylist()):
-        if value is not None:
-            ids[row] = np.frombuffer(value, np.uint8)
-    return ids, table["fault"].is_null().to_numpy(zero_copy_only=False)
+    same = np.flatnonzero(prefix[order][1:] == prefix[order][:-1])
+    suspects = np.unique(np.concatenate([image[order][same], image[order][same + 1]]))
+    first = first_of_equal(suspects, ids_of(store, embedded, pool, suspects))
+    copies = first != suspects
+    columns = [pa.array(suspects[copies]), pa.array(first[copies])]
+    write_table(store, EXACT_TABLE, pa.Table.from_arrays(columns, schema=EXACT))
+    return int(copies.sum())

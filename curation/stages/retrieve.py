@@ -25,6 +25,7 @@ from curation.stages.tables import (
     Part,
     VectorView,
     column_numpy,
+    first_of_equal,
     ids_of,
     read_parts,
 )
@@ -208,8 +209,7 @@ def _write_selected(chosen: list[Choices], embedded: Embedded, store: Store) -> 
         raise StoreError("retrieve: nothing was selected; no curated image is left to search with")
     numbers = np.unique(image)
     ids = ids_of(store, embedded, read_parts(store), numbers)
-    _, first, inverse = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-    keeper = numbers[first][inverse.ravel()]
+    keeper = first_of_equal(numbers, ids)
     copies = keeper != numbers
     same = pa.Table.from_arrays(
         [pa.array(numbers[copies]), pa.array(keeper[copies])], schema=SAME_BYTES
@@ -235,26 +235,23 @@ def _write_selected(chosen: list[Choices], embedded: Embedded, store: Store) -> 
 
 def _reasons(chosen: list[Choices], embedded: Embedded, store: Store) -> pa.StructArray:
     """The RETRIEVED_BY struct of every choice, in order."""
-    query = np.concatenate([c.query for c in chosen])
-    asked = np.flatnonzero(query >= 0)
-    query_id = np.full(len(query), None, object)
-    query_ids = ids_of(store, embedded, read_parts(store, "curated"), query[asked])
-    for row, value in zip(asked, query_ids, strict=True):
-        query_id[row] = value.tobytes().hex()
-    sets = np.concatenate([np.full(len(c.image), c.set, object) for c in chosen])
-    hows = np.concatenate(
-        [
-            np.full(len(c.image), c.how, object)
-            if c.cluster is None
-            else np.array([f"cluster:{n}" for n in c.cluster], object)
-            for c in chosen
+    numbers = np.unique(np.concatenate([c.query for c in chosen]))
+    numbers = numbers[numbers >= 0]
+    ids = ids_of(store, embedded, read_parts(store, "curated"), numbers)
+    query_ids = pa.array([row.tobytes().hex() for row in ids], pa.string())
+    blocks = []
+    for c in chosen:
+        count = len(c.image)
+        asked = np.searchsorted(numbers, c.query)
+        ways = pa.array([c.how]).take(pa.array(np.zeros(count, np.int64)))
+        if c.cluster is not None:
+            names = pa.array([f"cluster:{n}" for n in range(c.cluster.max(initial=-1) + 1)])
+            ways = names.cast(pa.string()).take(pa.array(c.cluster))
+        fields = [
+            pa.array([c.set]).take(pa.array(np.zeros(count, np.int64))),
+            query_ids.take(pa.array(asked, mask=c.query < 0)),
+            ways,
+            pa.array(c.cosine, pa.float32(), mask=np.isnan(c.cosine)),
         ]
-    )
-    cosine = np.concatenate([c.cosine for c in chosen])
-    fields = [
-        pa.array(sets, pa.string()),
-        pa.array(query_id, pa.string()),
-        pa.array(hows, pa.string()),
-        pa.array(cosine, pa.float32(), mask=np.isnan(cosine)),
-    ]
-    return pa.StructArray.from_arrays(fields, fields=list(RETRIEVED_BY))
+        blocks.append(pa.StructArray.from_arrays(fields, fields=list(RETRIEVED_BY)))
+    return pa.concat_arrays(blocks)

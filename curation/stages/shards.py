@@ -31,7 +31,15 @@ from curation.runtime.store import (
 )
 from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SPOOL_INDEX
 from curation.stages.retrieve import SELECTED_TABLE, id_words
-from curation.stages.tables import Embedded, Part, by_part, column_numpy, read_parts, rows_of_part
+from curation.stages.tables import (
+    Embedded,
+    Part,
+    by_part,
+    column_bytes,
+    column_numpy,
+    read_parts,
+    rows_of_part,
+)
 
 PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
 OPEN_ARCHIVES = 64
@@ -150,7 +158,7 @@ def _plan(cfg: ShardsConfig, embedded: Embedded, spooled: list[Part], store: Sto
     """Writes `shards/plan/*.parquet` (a row group a shard) and where each image will be."""
     selected = read_table(store, SELECTED_TABLE, ["image", "id"])
     numbers = column_numpy(selected, "image")
-    ids = np.frombuffer(b"".join(selected["id"].to_pylist()), np.uint8).reshape(-1, 32)
+    ids = column_bytes(selected, "id")
     order = np.lexsort((id_words(ids), priorities(id_words(ids), cfg.seed)))
     position = np.empty(len(order), np.int64)
     position[order] = np.arange(len(order))

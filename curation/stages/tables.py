@@ -61,7 +61,8 @@ class Embedded:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Image numbers (n,) and unit rows (n, D) of one part; rejected images have none."""
         table = read_table(store, self.vectors_path(part), columns=["row", column])
-        return part.base + column_numpy(table, "row"), unpack(table, column)
+        rows = column_bytes(table, column).view(np.float16).astype(np.float32)
+        return part.base + column_numpy(table, "row"), rows
 
 
 def column_numpy(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
@@ -70,17 +71,16 @@ def column_numpy(table: pa.Table, name: str) -> npt.NDArray[np.int64]:
     return values
 
 
-def unpack(table: pa.Table, column: str) -> npt.NDArray[np.float32]:
-    """A fixed-size-binary column of fp16 rows as (n, D) fp32."""
-    dim = table.schema.field(column).type.byte_width // 2
-    chunks = [
-        np.frombuffer(chunk.buffers()[1], np.float16)[
-            chunk.offset * dim : (chunk.offset + len(chunk)) * dim
-        ]
-        for chunk in table[column].chunks
-    ]
-    flat = np.concatenate(chunks) if chunks else np.empty(0, np.float16)
-    return flat.reshape(-1, dim).astype(np.float32)
+def column_bytes(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
+    """A fixed-size-binary column as (n, width) bytes; where it is null they mean nothing."""
+    width = table.schema.field(name).type.byte_width
+    rows: npt.NDArray[np.uint8] = np.empty((len(table), width), np.uint8)
+    start = 0
+    for chunk in table[name].chunks:
+        data = np.frombuffer(chunk.buffers()[1], np.uint8).reshape(-1, width)
+        rows[start : start + len(chunk)] = data[chunk.offset : chunk.offset + len(chunk)]
+        start += len(chunk)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class VectorView:
         """Image numbers (n,) and unit rows (n, D) of one part."""
         numbers, rows = self.embedded.vectors(store, part, self.column)
         if self.only == "distinct":
-            copies = column_numpy(read_table(store, EXACT_TABLE), "image")
+            copies = column_numpy(rows_of_part(store, EXACT_TABLE, part), "image")
             mask = ~np.isin(numbers, copies)
         elif self.only == "kept":
             kept = read_decisions(store, part)["decision"].to_numpy(zero_copy_only=False) == "kept"
@@ -130,9 +130,17 @@ def ids_of(
     ids = np.zeros((len(wanted), 32), np.uint8)
     for part, block in by_part(parts, wanted):
         table = read_table(store, embedded.images_path(part), columns=["id"])
-        values = table["id"].take(wanted[block] - part.base).to_pylist()
-        ids[block] = np.frombuffer(b"".join(values), np.uint8).reshape(-1, 32)
+        ids[block] = column_bytes(table, "id")[wanted[block] - part.base]
     return ids[inverse]
+
+
+def first_of_equal(
+    numbers: npt.NDArray[np.int64], ids: npt.NDArray[np.uint8]
+) -> npt.NDArray[np.int64]:
+    """For rising image numbers (n,) with ids (n, 32): the smallest number with the same id (n,)."""
+    _, first, inverse = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+    firsts: npt.NDArray[np.int64] = numbers[first][inverse.ravel()]
+    return firsts
 
 
 def by_part(parts: list[Part], numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Part, slice]]:

@@ -19,11 +19,16 @@ def listed(store: FileStore) -> dict[str, str]:
 def test_a_published_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     store = FileStore(str(tmp_path))
     store.write("a/b.bin", b"old")
-    with pytest.raises(RuntimeError), store.publish("a/b.bin") as scratch:
-        scratch.write_bytes(b"half of the n")
-        assert store.read("a/b.bin") == b"old"
-        assert listed(store) == {"a/b.bin": ""}
-        raise RuntimeError
+
+    def killed() -> None:
+        with store.publish("a/b.bin") as scratch:
+            scratch.write_bytes(b"half of the n")
+            assert store.read("a/b.bin") == b"old"
+            assert listed(store) == {"a/b.bin": ""}
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        killed()
     assert store.read("a/b.bin") == b"old"
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.bin"]
 
