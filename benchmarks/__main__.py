@@ -1,4 +1,4 @@
-"""`make bench`: every table. Those of quality and copies need the images of LVD_SHARED or ../shared."""
+"""`make bench`: every table. Quality and copies need the images of LVD_SHARED or ../shared."""
 
 import os
 import sys

@@ -1,11 +1,9 @@
 """The recipe: the YAML a user writes, as frozen models, with all faults reported at once."""
 
-import difflib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -21,14 +19,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from curation.recipe_faults import faults, near, short
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 MODES = ("as_is", "sample", "cluster")
-PLAINLY = {  # pydantic's words are Python's, the user's are YAML's
-    "tuple_type": "must be a list",
-    "dict_type": "must be a mapping",
-    "string_type": "must be text",
-    "too_short": "must not be empty",
-}
 
 
 class RecipeError(Exception):
@@ -107,7 +101,7 @@ class Mode(_Model):
             if value not in MODES:
                 raise ValueError(
                     "must be as_is, {sample: {k: 4}} or {cluster: {per_cluster: 10000}}"
-                    + _near(value, MODES)
+                    + near(value, MODES)
                 )
             return {value: True if value == "as_is" else {}}
         if isinstance(value, dict) and len(value) != 1:
@@ -265,11 +259,6 @@ def _place(uri: str) -> str:
     return os.path.realpath(os.path.expanduser(uri.removeprefix("file://"))).rstrip("/") + "/"
 
 
-def _near(word: str, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice, where plain YAML silently keeps the last."""
 
@@ -282,7 +271,7 @@ def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
         if isinstance(key, list | dict):
-            raise RecipeError(f"line {line}: a key must be text, not {_short(key)}")
+            raise RecipeError(f"line {line}: a key must be text, not {short(key)}")
         if key in seen:
             raise RecipeError(f"line {line}: '{key}' is given twice")
         seen.add(key)
@@ -322,9 +311,9 @@ def parse(text: str, where: str, overrides: list[str]) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        faults = _faults(error)
-        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise RecipeError("\n".join([f"{where}: {count}", *(f"  {x}" for x in faults)])) from None
+        lines = faults(error, Recipe)
+        count = "1 fault" if len(lines) == 1 else f"{len(lines)} faults"
+        raise RecipeError("\n".join([f"{where}: {count}", *(f"  {x}" for x in lines)])) from None
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -343,53 +332,6 @@ def _override(data: dict[str, Any], text: str) -> None:
         at[int(last) if isinstance(at, list) else last] = parsed
     except (ValueError, IndexError, AttributeError, TypeError):
         raise RecipeError(f"--set {text}: there is no place '{path}' in the recipe") from None
-
-
-def _faults(error: ValidationError) -> list[str]:
-    """One line a fault: dotted path, value, what is allowed, the nearest key."""
-    faults = error.errors()
-    places = [fault["loc"] for fault in faults]
-    lines = []
-    for fault in faults:
-        place, kind = fault["loc"], fault["type"]
-        if kind == "too_short" and any(
-            len(p) > len(place) and p[: len(place)] == place for p in places
-        ):
-            continue  # its items are at fault, and listed
-        path = ".".join(str(x) for x in place if x != "[key]") or "recipe"
-        message = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        if kind == "extra_forbidden":
-            allowed = _keys_at(place[:-1])
-            hint = _near(str(place[-1]), allowed)
-            message = f"no such key{hint} (allowed: {', '.join(allowed)})"
-        elif kind == "missing":
-            message = "is missing"
-        elif kind != "apart":
-            if kind == "model_type":
-                message = f"must be a mapping of {', '.join(_keys_at(place))}"
-            message = f"{PLAINLY.get(kind, message)}, got {_short(fault['input'])}"
-        lines.append(f"{path}: {message}")
-    return lines
-
-
-def _keys_at(path: tuple[int | str, ...]) -> list[str]:
-    """The keys allowed at a path of the recipe."""
-    model: type[BaseModel] = Recipe
-    inside_container = False
-    for step in path:
-        if inside_container:  # the step is a list index or a set's name
-            inside_container = False
-            continue
-        annotation = model.model_fields[str(step)].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(x for x in options if isinstance(x, type) and issubclass(x, BaseModel))
-        inside_container = get_origin(annotation) in (dict, tuple)
-    return list(model.model_fields)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def dump(recipe: Recipe) -> str:

@@ -12,7 +12,8 @@ LAYERS = {
     "curation.algorithms": {"curation.schema"},
     "curation.images": {"curation.schema"},
     "curation.runtime": {"curation.schema"},
-    "curation.recipe": set(),
+    "curation.recipe_faults": set(),
+    "curation.recipe": {"curation.recipe_faults"},
     "curation.stages": {
         "curation.schema",
         "curation.algorithms",

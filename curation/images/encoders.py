@@ -7,6 +7,7 @@ those into unit-norm fp32 rows. Weights come as bytes: fetching them is the call
 import hashlib
 import io
 import json
+import warnings
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -115,7 +116,9 @@ def load_copy_descriptor(weights: bytes | None) -> VectorModel:
     if weights is None:
         return _builtin("copy", "fp32")
     try:
-        net = torch.jit.load(io.BytesIO(weights), "cpu")  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():  # SSCD's files are TorchScript, which torch now discourages
+            warnings.simplefilter("ignore", FutureWarning)
+            net = torch.jit.load(io.BytesIO(weights), "cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         raise EncoderError(
             "copy_descriptor.weights: not a TorchScript file; SSCD's are named *.torchscript.pt"

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -227,7 +227,7 @@ def _entry(path: str, info: os.stat_result) -> Entry:
 
 
 @contextlib.contextmanager
-def hold(store: Store, folders: Iterable[str]) -> Iterator[None]:
+def hold(store: Store, folders: Sequence[str]) -> Iterator[None]:
     """One writer at a time in a local run; scratch files that killed ones left there are removed.
 
     An object store has no lock and no scratch files. Raises StoreError when another process
@@ -237,10 +237,17 @@ def hold(store: Store, folders: Iterable[str]) -> Iterator[None]:
         yield
         return
     with _lock(store):
-        below = (scratch for name in folders for scratch in (store.root / name).rglob(".tmp-*"))
-        for scratch in [*store.root.glob(".tmp-*"), *below]:
-            scratch.unlink(missing_ok=True)
-        yield
+        _sweep(store, folders)
+        try:
+            yield
+        finally:
+            _sweep(store, folders)  # of workers that died while the run went on
+
+
+def _sweep(store: FileStore, folders: Sequence[str]) -> None:
+    below = (scratch for name in folders for scratch in (store.root / name).rglob(".tmp-*"))
+    for scratch in [*store.root.glob(".tmp-*"), *below]:
+        scratch.unlink(missing_ok=True)
 
 
 def _lock(store: FileStore) -> BinaryIO:
