@@ -1,4 +1,4 @@
-"""The import rules of the house: tables below maths below runtime below stages below the commands."""
+"""The import rules of the house: tables, maths, runtime, stages, commands, each below the next."""
 
 import ast
 from collections.abc import Iterator

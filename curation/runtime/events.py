@@ -104,9 +104,9 @@ class Progress:
     """Counts of the work over the parts of one stage, by images."""
 
     def __init__(self, events: Events, stage: str, total: int, workers: int) -> None:
-        self._events = events
+        self._events, self.total = events, total
         self._status = _status(stage, "running") | {"total": total, "workers": workers}
-        self._faults: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
         events.emit(stage, "started", total=total, workers=workers)
         self._show()
 
@@ -119,7 +119,7 @@ class Progress:
     def add(self, part: str, images: int, faults: dict[str, int]) -> None:
         """A part that is now finished."""
         self._status["done"] += images
-        self._faults.update(faults)
+        self.faults.update(faults)
         self._emit("part", part=part, images=images, faults=faults)
         self._show()
 
@@ -138,4 +138,4 @@ class Progress:
         self._events.emit(self._status["stage"], event, **fields)
 
     def _show(self, state: str = "running") -> None:
-        self._events.show({**self._status, "faults": dict(self._faults), "state": state})
+        self._events.show({**self._status, "faults": dict(self.faults), "state": state})

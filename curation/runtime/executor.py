@@ -101,30 +101,39 @@ class MapResult:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def map_parts(
-    stage: str,
-    items: Sequence[Item],
-    finished: Callable[[Item], bool],
-    make_worker: MakeWorker,
-    executor: Executor,
-    events: Events,
-    gpu: bool = False,
-) -> MapResult:
-    """Runs every item that is not `finished` yet, with progress. Failures are returned, not raised.
+@dataclass(frozen=True)
+class Work:
+    """Items of one stage, which of them are finished, and what makes a worker for the others.
+
+    `gpu`: workers use a GPU where there is one. `check` sees the progress after every part and may
+    raise StoreError to stop.
+    """
+
+    stage: str
+    items: Sequence[Item]
+    finished: Callable[[Item], bool]
+    make_worker: MakeWorker
+    gpu: bool = False
+    check: Callable[[Progress], None] | None = None
+
+
+def map_parts(work: Work, executor: Executor, events: Events) -> MapResult:
+    """Runs every item that is not finished yet, with progress. Failures are returned, not raised.
 
     Workers return counts; the key `faults` (reason -> images) goes to the progress.
     """
     result = MapResult()
-    progress = Progress(events, stage, sum(item.images for item in items), executor.workers)
+    images = sum(item.images for item in work.items)
+    progress = Progress(events, work.stage, images, executor.workers)
     todo = []
-    for item in items:
-        if finished(item):
+    for item in work.items:
+        if work.finished(item):
             result.reused += 1
             progress.skip(item.images)
         else:
             todo.append(item)
     try:
-        for outcome in executor.map(make_worker, [item.payload for item in todo], gpu):
+        for outcome in executor.map(work.make_worker, [i.payload for i in todo], work.gpu):
             item = todo[outcome.item]
             if outcome.counts is None:
                 if DISK_FULL in outcome.error:  # it would fail the other parts as well
@@ -134,6 +143,8 @@ def map_parts(
                 continue
             result.computed += 1
             progress.add(item.name, item.images, outcome.counts.get("faults", {}))
+            if work.check is not None:
+                work.check(progress)
     finally:
         progress.close()
     return result

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curation.algorithms import kmeans
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
+from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, StoreError, open_store, read_table, write_table
 from curation.schema import ASSIGNMENTS
@@ -50,7 +50,9 @@ def run(
     items = [Item(part.name(), part.rows, part) for part in pool]
     worker = partial(AssignWorker, view, store.uri)
     result = map_parts(
-        "cluster", items, lambda i: assignments_path(i.payload) in have, worker, executor, events
+        Work("cluster", items, lambda i: assignments_path(i.payload) in have, worker),
+        executor,
+        events,
     )
     require_all(result, "cluster")
     sizes = np.zeros(len(read_centroids(store)), np.int64)

@@ -6,7 +6,7 @@ it touches. Images with the same bytes are found here, over the whole pool.
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -20,7 +20,7 @@ from curation.images.decode import BadImage, Decoded, Limits, decode
 from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
 from curation.images.sources import PARQUET_ERRORS, read_parquet_rows
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, MapResult, map_parts, timer
+from curation.runtime.executor import Counts, Executor, Item, MapResult, Work, map_parts, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import (
     Store,
@@ -86,18 +86,23 @@ def run(
     missing = [part for part in parts if embedded.vectors_path(part) not in have]
     dims = _dims(cfg) if missing else None
     result = map_parts(
-        "embed",
-        items,
-        lambda item: embedded.vectors_path(item.payload) in have,
-        partial(EmbedWorker, cfg, store.uri),
+        Work(
+            "embed",
+            items,
+            lambda item: embedded.vectors_path(item.payload) in have,
+            partial(EmbedWorker, cfg, store.uri),
+            gpu=True,
+            check=lambda progress: _check_budget(cfg, progress.total, progress.faults),
+        ),
         executor,
         events,
-        gpu=True,
     )
     if dims is not None:
         _record_failed(store, embedded, [i for i in items if i.name in result.failed], result, dims)
     counts = _summary(store, embedded, parts)
-    _check_budget(cfg, counts)
+    _check_budget(cfg, counts["images"], counts["faults"])
+    if empty := counts.pop("empty"):
+        raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
     counts["exact_duplicates"] = _exact_duplicates(store, embedded)
     for folder, path in (("images", embedded.images_path), ("vectors", embedded.vectors_path)):
         keep = {path(part) for part in parts}
@@ -309,15 +314,14 @@ def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, A
     return counts | {"faults": dict(sorted(reasons.items())), "empty": empty}
 
 
-def _check_budget(cfg: EmbedConfig, counts: dict[str, Any]) -> None:
-    rejected, images = counts["rejected"], counts["images"]
+def _check_budget(cfg: EmbedConfig, images: int, faults: Mapping[str, int]) -> None:
+    """Raises StoreError when the rejections so far are more than the budget for all images."""
+    rejected = sum(faults.values())
     if rejected > cfg.min_images and rejected > cfg.max_rejected_share * images:
         raise StoreError(
-            f"embed: {rejected} of {images} images were rejected ({counts['faults']}), more than"
+            f"embed: {rejected} of {images} images were rejected ({dict(faults)}), more than"
             f" failures.max_share = {cfg.max_rejected_share} allows; finished parts are kept"
         )
-    if empty := counts.pop("empty"):
-        raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
 
 
 def _exact_duplicates(store: Store, embedded: Embedded) -> int:

@@ -25,7 +25,7 @@ from curation.images.sources import (
     scan_tar,
 )
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
+from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import Entry, Store, StoreError, compression, open_store, split_uri
 from curation.schema import MEMBERS, PARTS
@@ -110,10 +110,12 @@ def run(
             name = f"{found.spec.set or found.spec.role}/{readable(entry.path)}"
             scans.append(Item(name, 1, (root, entry, kind, table)))
     result = map_parts(
-        "ingest",
-        scans,
-        lambda item: item.payload[3] in have,
-        partial(ScanWorker, store.uri, cfg.part_images),
+        Work(
+            "ingest",
+            scans,
+            lambda item: item.payload[3] in have,
+            partial(ScanWorker, store.uri, cfg.part_images),
+        ),
         executor,
         events,
     )

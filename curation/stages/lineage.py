@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
+from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE
@@ -37,7 +37,7 @@ def run(
     items = [Item(part.name(), part.rows, part) for part in parts]
     worker = partial(LineageWorker, cfg, store.uri)
     result = map_parts(
-        "lineage", items, lambda i: lineage_path(i.payload) in have, worker, executor, events
+        Work("lineage", items, lambda i: lineage_path(i.payload) in have, worker), executor, events
     )
     require_all(result, "lineage")
     counts: dict[str, dict[str, int]] = {}

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from curation.algorithms.knn import NONE, Floats, Ints, Neighbours, SlabIndex, exact_block, recall
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all
+from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all
 from curation.runtime.store import Store, StoreError, open_store, read_table, write_table
 from curation.schema import NEIGHBOURS
 from curation.stages.tables import Part, VectorView
@@ -96,10 +96,7 @@ def _search(
         items = [_item(join, "answers", i, group) for i, group in enumerate(query_chunks)]
         worker = partial(ExactWorker, join, store.uri, tuple(base_parts))
         result = map_parts(
-            join.stage,
-            items,
-            lambda i: _path(join, *i.payload[:2]) in have,
-            worker,
+            Work(join.stage, items, lambda i: _path(join, *i.payload[:2]) in have, worker),
             executor,
             events,
         )
@@ -127,17 +124,21 @@ def _search_slabs(
     open_chunks = [i for i in merged if _path(join, *i.payload[:2]) not in have]
     items = [_item(join, "slab", i, slab) for i, slab in enumerate(slabs)]
     result = map_parts(
-        join.stage,
-        items,
-        lambda i: not open_chunks or _slab_paths(join, i.payload[1], len(query_chunks)) <= have,
-        partial(SlabWorker, join, store.uri, tuple(query_chunks)),
+        Work(
+            join.stage,
+            items,
+            lambda i: not open_chunks or _slab_paths(join, i.payload[1], len(query_chunks)) <= have,
+            partial(SlabWorker, join, store.uri, tuple(query_chunks)),
+        ),
         executor,
         events,
     )
     require_all(result, join.stage)
     merge = partial(MergeWorker, join, store.uri, len(slabs))
     finished = map_parts(
-        join.stage, merged, lambda i: _path(join, *i.payload[:2]) in have, merge, executor, events
+        Work(join.stage, merged, lambda i: _path(join, *i.payload[:2]) in have, merge),
+        executor,
+        events,
     )
     require_all(finished, join.stage)
     measured = recall(*_sampled(join, store))

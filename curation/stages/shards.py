@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from curation.algorithms.sampling import Ints, priorities
 from curation.images.sources import read_parquet_rows
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, map_parts, require_all, timer
+from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import (
     Store,
@@ -76,7 +76,7 @@ def run(
         items.append(Item(shard_name(shard), size, shard))
     worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg))
     result = map_parts(
-        "shards", items, lambda i: _index_path(i.payload) in have, worker, executor, events
+        Work("shards", items, lambda i: _index_path(i.payload) in have, worker), executor, events
     )
     require_all(result, "shards")
     manifest = _manifest(cfg, shards, store)
@@ -111,7 +111,7 @@ def _spool(store: Store, have: set[str], executor: Executor, events: Events) -> 
     items = [Item(p.name(), block.stop - block.start, (p, selected[block])) for p, block in wanted]
     worker = partial(SpoolWorker, store.uri)
     result = map_parts(
-        "shards", items, lambda i: _spool_path(i.payload[0]) in have, worker, executor, events
+        Work("shards", items, lambda i: _spool_path(i.payload[0]) in have, worker), executor, events
     )
     require_all(result, "shards")
     return [part for part, _ in wanted]

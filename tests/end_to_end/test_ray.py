@@ -19,7 +19,7 @@ from finished import counts, final_files
 from ray.cloudpickle import register_pickle_by_value
 
 from curation.runtime.events import Events
-from curation.runtime.executor import Item, map_parts
+from curation.runtime.executor import Item, Work, map_parts
 from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import FileStore, StoreError
 
@@ -104,14 +104,13 @@ def test_a_worker_that_is_killed_and_a_part_that_kills(
     killer.start()
     events = Events(FileStore(str(tmp_path / "run")))
     with events.stage("embed"):
-        result = map_parts(
+        work = Work(
             "embed",
             items("poison", "wrong", *names),
             lambda item: item.name == "good-5",
             lambda: Slow(str(tmp_path)),
-            ray_of_two,
-            events,
         )
+        result = map_parts(work, ray_of_two, events)
     killer.join()
     assert (result.computed, result.reused) == (5, 1)
     assert result.failed["wrong"] == "ValueError: no good"

@@ -1,4 +1,4 @@
-"""`curate status` tells the truth about runs that go on, die, fail and end; one writer at a time."""
+"""`curate status` tells the truth about runs that go on, die, fail and end; one writer a run."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project
+from conftest import Project, write_pictures
 from finished import final_files
 
 from curation.cli import main
@@ -118,16 +118,19 @@ def test_a_signal(
 def test_a_failed_stage_says_why_until_it_is_done(
     project: Callable[..., Project], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    work = project(pool=range(10), search={"exact_below": 0, "target_recall": 1.0})
-    for path in (work.folder / "curated").iterdir():
-        path.write_bytes(b"nothing")
+    work = project(pool=range(6), holdout=range(6))
     assert work.run() == 1
-    failed = [s for s in ("cluster", "retrieve", "shards") if state(work, s) == "failed"]
-    assert failed == ["retrieve"]
-    assert state(work, "shards") == "waiting"
+    assert [state(work, stage) for stage in ("dedup", "cluster", "retrieve")] == [
+        "done",
+        "failed",
+        "waiting",
+    ]
     capsys.readouterr()
     assert main(["status", str(work.run_folder)]) == 0
-    assert "nothing was selected" in capsys.readouterr().out
+    assert "no pool image is left after dedup" in capsys.readouterr().out
+    write_pictures(work.folder / "pool", [50])
+    assert work.run() == 0
+    assert state(work, "cluster") == "done"
 
 
 def test_a_stage_of_an_older_recipe_is_not_done(project: Callable[..., Project]) -> None:
