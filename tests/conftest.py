@@ -2,50 +2,14 @@
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-import yaml
-from PIL import Image
 from safetensors.torch import save_file
-
-from curation.cli import main
-
-
-def picture(seed: int, width: int = 96, height: int = 96) -> Image.Image:
-    """A smooth colour pattern that no other seed resembles."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def write_pictures(folder: Path, seeds: Iterable[int], suffix: str = ".jpg") -> list[Path]:
-    """One picture file a seed, named by it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{seed:05d}{suffix}" for seed in seeds]
-    for seed, path in zip(seeds, paths, strict=True):
-        picture(seed).save(path)
-    return paths
-
-
-class GridDescriptor(torch.nn.Module):
-    """A TorchScript copy descriptor of SSCD's form: colours on a grid."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grid = torch.nn.functional.adaptive_avg_pool2d(x, [6, 6]).flatten(1)
-        return torch.nn.functional.normalize(grid - grid.mean(dim=1, keepdim=True), dim=1)
-
-
-@dataclass(frozen=True)
-class Models:
-    """Files of a tiny timm ViT and of a TorchScript copy descriptor."""
-
-    encoder: Path
-    descriptor: Path
+from workbench import GridDescriptor, Models, Project, write_pictures
 
 
 @pytest.fixture(scope="session")
@@ -56,37 +20,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     save_file(net.state_dict(), folder / "test_vit.safetensors")
     torch.jit.script(GridDescriptor()).save(str(folder / "grid.torchscript.pt"))
     return Models(folder / "test_vit.safetensors", folder / "grid.torchscript.pt")
-
-
-@dataclass
-class Project:
-    """A folder with a recipe that tests change, run and look into."""
-
-    folder: Path
-    recipe: dict[str, Any]
-
-    @property
-    def run_folder(self) -> Path:
-        return Path(self.recipe["output"])
-
-    @property
-    def path(self) -> Path:
-        path = self.folder / "recipe.yaml"
-        path.write_text(yaml.safe_dump(self.recipe))
-        return path
-
-    def run(self, *options: str) -> int:
-        """`curate run` in this process."""
-        return main(["run", str(self.path), *(options or ("--ray", "off"))])
-
-    def lineage(self) -> list[dict[str, Any]]:
-        """All rows of the lineage."""
-        import pyarrow.parquet as pq
-
-        out = self.folder / "lineage.parquet"
-        assert main(["lineage", str(self.run_folder), "--out", str(out)]) == 0
-        rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
-        return rows
 
 
 @pytest.fixture

@@ -206,7 +206,13 @@ def _write_selected(chosen: list[Choices], embedded: Embedded, store: Store) -> 
     """The union by content: the same bytes once, under the smallest number (curated sets first)."""
     image = np.concatenate([c.image for c in chosen])
     if not len(image):
-        raise StoreError("retrieve: nothing was selected; no curated image is left to search with")
+        searched = any(c.facts.get("queries") for c in chosen)
+        why = (
+            "no cluster holds min_queries images of a set"
+            if searched
+            else "no curated image is left"
+        )
+        raise StoreError(f"retrieve: nothing was selected; {why}")
     numbers = np.unique(image)
     ids = ids_of(store, embedded, read_parts(store), numbers)
     keeper = first_of_equal(numbers, ids)

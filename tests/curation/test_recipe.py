@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Project
+from workbench import Project
 
 from curation.recipe import Recipe, RecipeError, dump, load, parse
 

@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project, picture
 from PIL import Image
+from workbench import Project, picture
 
 from curation.cli import main
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Project, picture
 from finished import final_files, manifest_hash
+from workbench import Project, picture
 
 
 def busy(project: Callable[..., Project], **sections: Any) -> Project:

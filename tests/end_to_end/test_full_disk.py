@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project
+from workbench import Project
 
 DISK_BYTES = 4 << 20
 

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import Project, write_pictures
 from finished import counts, final_files
+from workbench import Project, write_pictures
 
 from curation.cli import main
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 import yaml
-from conftest import Models, picture
 from finished import counts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from workbench import Models, picture
 
 from curation.cli import main
 from curation.runtime.store import FileStore
@@ -95,7 +95,7 @@ def vectors(run: Path) -> tuple[dict[int, Any], dict[int, Any]]:
     return found
 
 
-def run(folder: Path, models: Models, drawn: list[Any], **recipe: Any) -> Finished:
+def run(folder: Path, models: Models, drawn: list[Any], **recipe: Any) -> Finished | None:
     """Writes the images and one more for pool and curated, runs, and reads everything back."""
     for number, (where, kind, seed) in enumerate(
         [("pool", "new", 20), ("curated", "new", 21), *drawn]
@@ -114,7 +114,9 @@ def run(folder: Path, models: Models, drawn: list[Any], **recipe: Any) -> Finish
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(whole))
-    assert main(["run", str(path), "--ray", "off"]) == 0
+    if main(["run", str(path), "--ray", "off"]) != 0:
+        check_nothing_left(folder / "run")
+        return None
     out = folder / "lineage.parquet"
     assert main(["lineage", str(folder / "run"), "--out", str(out)]) == 0
     return Finished(folder, whole, pq.read_table(out).to_pylist(), *vectors(folder / "run"))
@@ -145,6 +147,8 @@ def test_what_holds_for_every_run(data: st.DataObject, tmp_path: Path, models: M
         shards={"images_per_shard": data.draw(st.integers(1, 9))},
         resources={"part_images": data.draw(st.integers(1, 9))},
     )
+    if work is None:
+        return
     check_lineage(work)
     check_shards(work)
     check_holdout(work)
@@ -154,6 +158,18 @@ def test_what_holds_for_every_run(data: st.DataObject, tmp_path: Path, models: M
             check_sample(work, **mode["sample"])
         elif "cluster" in mode:
             check_cluster(work, **mode["cluster"])
+
+
+def check_nothing_left(run: Path) -> None:
+    """The only reasons for which such a run may stop, each said in one line."""
+    failed = [json.loads(path.read_text()) for path in (run / "status").glob("*.json")]
+    said = [status["message"] for status in failed if status["state"] == "failed"]
+    assert len(said) == 1
+    assert said[0] in (
+        "cluster: no pool image is left after dedup; there is nothing to cluster",
+        "retrieve: nothing was selected; no curated image is left",
+        "retrieve: nothing was selected; no cluster holds min_queries images of a set",
+    )
 
 
 def check_lineage(work: Finished) -> None:
@@ -280,6 +296,7 @@ def test_the_check_of_checks(tmp_path: Path, models: Models) -> None:
     }
     dedup = {"min_cosine": 0.9999, "holdout_min_cosine": 0.9999}
     work = run(tmp_path, models, drawn, sources=sources, dedup=dedup, cluster={"k": 2})
+    assert work is not None
     work.recipe["dedup"] = {"min_cosine": 0.95, "holdout_min_cosine": 0.9}
     with pytest.raises(AssertionError):
         check_duplicates(work)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project
 from finished import counts, final_files
 from ray.cloudpickle import register_pickle_by_value
+from workbench import Project
 
 from curation.runtime.events import Events
 from curation.runtime.executor import Item, Work, map_parts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import webdataset
-from conftest import Project, picture
+from workbench import Project, picture
 
 
 def test_every_selected_image_is_in_the_shards_once_with_its_own_bytes(

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from conftest import Project
+from workbench import Project
 
 PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba", "torchvision"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project, picture, write_pictures
 from finished import counts, final_files
 from killing import Mortal
+from workbench import Project, picture, write_pictures
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 # The folder of each stage's part files, and the end of their names.

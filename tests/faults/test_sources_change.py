@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Project, picture, write_pictures
 from finished import counts, final_files
+from workbench import Project, picture, write_pictures
 
 from curation.stages import shards
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, write_pictures
 from finished import final_files
+from workbench import Project, write_pictures
 
 from curation.cli import main
 from curation.queries import stage_status

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_pictures
+from workbench import write_pictures
 
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor

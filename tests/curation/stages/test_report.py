@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Models, Project, picture, write_pictures
 from PIL import Image
+from workbench import Models, Project, picture, write_pictures
 
 from curation.cli import main
 from curation.images.decode import Limits

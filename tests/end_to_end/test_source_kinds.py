@@ -17,8 +17,8 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Project
 from moto.server import ThreadedMotoServer
+from workbench import Project
 
 from curation.cli import main
 
