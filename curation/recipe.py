@@ -213,10 +213,13 @@ class Failures(_Model):
 
 
 class Resources(_Model):
-    """Workers (all cores or GPUs when left out) and how many images make a part."""
+    """Workers (all cores or GPUs when left out) and the images of a part: what a kill can cost.
+
+    Beyond some ten million images take 10,000 a part, to keep the list of parts short.
+    """
 
     workers: int | None = Field(None, ge=1)
-    part_images: int = Field(2048, ge=1, le=1_000_000)
+    part_images: int = Field(256, ge=1, le=1_000_000)
 
 
 class Recipe(_Model):

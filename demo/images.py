@@ -19,8 +19,6 @@ OTHERS = (
     "brick",
     "camera",
     "coins",
-    "grass",
-    "gravel",
     "hubble_deep_field",
     "ihc",
     "moon",

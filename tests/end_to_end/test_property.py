@@ -96,10 +96,11 @@ def vectors(run: Path) -> tuple[dict[int, Any], dict[int, Any]]:
 
 
 def run(folder: Path, models: Models, drawn: list[Any], **recipe: Any) -> Finished | None:
-    """Writes the images and one more for pool and curated, runs, and reads everything back."""
-    for number, (where, kind, seed) in enumerate(
-        [("pool", "new", 20), ("curated", "new", 21), *drawn]
-    ):
+    """Writes the images and a sure one for each role, runs, and reads everything back."""
+    sure = [("pool", "new", 20), ("curated", "new", 21)]
+    if any(where == "holdout" for where, *_ in drawn):
+        sure.append(("holdout", "new", 22))  # a set without one image that can be used is an error
+    for number, (where, kind, seed) in enumerate([*sure, *drawn]):
         write(folder / where / f"{number:03d}.jpg", kind, seed)
     sources = recipe.pop("sources")
     if (folder / "holdout").exists():
@@ -239,7 +240,8 @@ def kept_pool(work: Finished) -> list[dict[str, Any]]:
 
 
 def queries(work: Finished) -> list[dict[str, Any]]:
-    return work.of("curated", "selected", "not_retrieved")
+    """Every usable image of the set, twice if it is there twice; none that is near the holdout."""
+    return work.of("curated", "selected", "not_retrieved", "duplicate")
 
 
 def reasons(work: Finished, how: str) -> list[tuple[str, dict[str, Any]]]:
