@@ -241,29 +241,29 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=Path, required=True, help="folder of photos")
     parser.add_argument("--count", type=int, default=500, help="images to make copies of")
     parser.add_argument("--labelled", type=Path, help="CSV of known copies, as copydet.csv")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    paths = sorted(p for p in arguments.images.rglob("*") if p.suffix.lower() in SUFFIXES)
+    options = parser.parse_args(arguments)
+    paths = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
-        parser.error(f"--images {arguments.images}: holds no images")
+        parser.error(f"--images {options.images}: holds no images")
     torch.set_num_threads(1)
     descriptors = builtin_descriptors()
-    measured = measure(descriptors, paths, arguments.count, arguments.seed)
+    measured = measure(descriptors, paths, options.count, options.seed)
     print(f"# Copies, {date.today()}\n")
     print(f"{processor()}, one thread, torch {torch.__version__}.")
     print(f"{len(measured[0].folder)} images, {len(TRANSFORMS)} copies of each of", end=" ")
-    print(f"{len(measured[0].originals)}, seed {arguments.seed}.")
+    print(f"{len(measured[0].originals)}, seed {options.seed}.")
     for descriptor, rows in zip(descriptors, measured, strict=True):
         print(f"\n## {descriptor.name} ({rows.folder.shape[1]} values)")
         print("\n".join(pair_table(descriptor, rows) + group_table(descriptor, rows)))
-    if arguments.labelled:
+    if options.labelled:
         print("\n## Labelled copies (cosine)")
-        print("\n".join(labelled_table(descriptors, arguments.labelled)))
+        print("\n".join(labelled_table(descriptors, options.labelled)))
     return 0
 
 

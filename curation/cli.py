@@ -97,6 +97,8 @@ def _init(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     recipe = load(options.recipe, options.overrides)
+    for line in pipeline.warnings(recipe):
+        print(f"curate: {line}", file=sys.stderr)
     store = open_store(recipe.output)
     with hold(store, pipeline.FOLDERS):
         reports = _execute(recipe, options.ray, options.until, store)

@@ -140,6 +140,18 @@ def drop_retryable(recipe: Recipe, store: Store) -> int:
     return len(dropped)
 
 
+def warnings(recipe: Recipe) -> list[str]:
+    """What is allowed in a recipe, but is likely a mistake."""
+    own = copy_thresholds(builtin=True)
+    given = recipe.dedup.model_dump()
+    return [
+        f"warning: dedup.{name}: {given[name]} is meant for SSCD; the built-in copy descriptor has"
+        f" another scale and links unlike images below {own[name]} (leave it out to take that)"
+        for name in own
+        if recipe.copy_descriptor.weights == "builtin" and (given[name] or 1) < own[name]
+    ]
+
+
 def ingest_config(recipe: Recipe) -> ingest.IngestConfig:
     """All sources in the order of the images' numbers: curated sets, holdout sets, pool."""
     named: list[tuple[str, Mapping[str, Source]]] = [

@@ -46,14 +46,17 @@ class InputFormat:
     std: tuple[float, float, float]
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """An RGB image as (3, size, size) uint8: bicubic, then a centre crop."""
+        """An RGB image as (3, size, size) uint8: bicubic, then a centre crop.
+
+        Rounds as torchvision's Resize and CenterCrop do: one pixel changes which images are near.
+        """
         if self.short_side is None:
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         else:
-            scale = self.short_side / min(image.size)
-            width, height = (max(self.size, round(side * scale)) for side in image.size)
+            short = min(image.size)
+            width, height = (self.short_side * side // short for side in image.size)
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
+            left, top = round((width - self.size) / 2), round((height - self.size) / 2)
             image = image.crop((left, top, left + self.size, top + self.size))
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 

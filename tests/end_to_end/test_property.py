@@ -124,7 +124,7 @@ def run(folder: Path, models: Models, drawn: list[Any], **recipe: Any) -> Finish
 
 
 @settings(
-    max_examples=20,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

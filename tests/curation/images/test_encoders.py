@@ -1,0 +1,57 @@
+"""Encoders against timm and torchvision, and the built-in models against their cards."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torchvision import transforms
+from workbench import Models, picture
+
+from curation.images.encoders import (
+    DEMO_MODEL,
+    InputFormat,
+    copy_thresholds,
+    describe_builtin,
+    load_copy_descriptor,
+    load_semantic,
+)
+
+
+@pytest.mark.parametrize("size", [(500, 375), (333, 500), (224, 299), (96, 97), (1000, 300)])
+def test_preparing_an_image_is_torchvisions_resize_and_centre_crop(size: tuple[int, int]) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(values)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    reference = transforms.Compose([transforms.Resize(256, bicubic), transforms.CenterCrop(224)])
+    form = InputFormat(224, 256, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    wanted = np.asarray(reference(image)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(form.prepare(image), wanted)
+
+
+def test_a_timm_model_gives_timms_features(models: Models) -> None:
+    ours = load_semantic("test_vit", models.encoder.read_bytes(), "fp32")
+    net = timm.create_model("test_vit", num_classes=0)
+    from safetensors.torch import load_file
+
+    net.load_state_dict(load_file(models.encoder))
+    batch = np.stack([ours.prepare(picture(seed, 200, 170)) for seed in range(3)])
+    config = net.default_cfg
+    mean, std = (np.array(config[name], np.float32).reshape(1, 3, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        wanted = net.eval()(torch.from_numpy((batch / np.float32(255) - mean) / std)).numpy()
+    wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours(batch), wanted, atol=1e-5)
+
+
+def test_the_built_in_models_are_what_their_cards_say() -> None:
+    for model, kind in (
+        (load_semantic(DEMO_MODEL, None, "fp32"), "semantic"),
+        (load_copy_descriptor(None), "copy"),
+    ):
+        card = describe_builtin(kind)
+        rows = model(np.stack([model.prepare(picture(seed)) for seed in range(2)]))
+        assert rows.shape == (2, card["dim"])
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+    assert copy_thresholds(builtin=True) == describe_builtin("copy")["thresholds"]
+    assert copy_thresholds(builtin=False) == {"min_cosine": 0.6, "holdout_min_cosine": 0.45}
