@@ -31,7 +31,7 @@ register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
 
 
 def processes(*wanted: str) -> dict[int, str]:
-    """Command lines, by pid, that hold all of the texts."""
+    """Command lines, by pid, that hold all of the texts; what has ended has none."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -183,7 +183,7 @@ def test_ctrl_c_says_one_line_and_leaves_no_ray_behind(project: Callable[..., Pr
     assert said == ["curate: stopped; finished parts are kept, run again to go on"]
     status = json.loads((work.run_folder / "status" / "embed.json").read_text())
     assert status["state"] == "stopped"
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 30)
+    wait_for(lambda: not below & set(processes("ray")), 30)
     assert work.run() == 0
     assert counts(work.run_folder, "embed")["reused"] > 0
 
@@ -198,7 +198,7 @@ def test_a_killed_run_leaves_no_ray_behind_and_goes_on(project: Callable[..., Pr
     below = children(running.pid)
     running.kill()
     running.communicate()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below), 60)
+    wait_for(lambda: not below & set(processes("ray")), 60)
     had = len(list((work.run_folder / "embed" / "vectors").glob("*.parquet")))
     assert work.run() == 0
     assert counts(work.run_folder, "embed")["reused"] == had
