@@ -24,18 +24,21 @@ def priorities(id_words: Words, seed: int) -> Words:
         return z ^ (z >> np.uint64(31))
 
 
-def draw_by_cluster(cluster: Ints, priority: Words, per_cluster: int, cap: int) -> Ints:
+def draw_by_cluster(
+    cluster: Ints, priority: Words | Floats, per_cluster: int | Ints, cap: int
+) -> Ints:
     """Positions of at most `per_cluster` rows a cluster and `cap` in all, lowest priority first.
 
-    Because priorities are random, both cuts are uniform draws without replacement. A cluster that
-    is smaller than its quota gives what it has. Feeding back survivors with new rows gives the same
-    result as one call over everything.
+    `per_cluster` is one quota for all or each cluster's own (k,). With random priorities both cuts
+    are uniform draws without replacement. A cluster that is smaller than its quota gives what it
+    has. Feeding back survivors with new rows gives the same result as one call over everything.
     """
     order = np.lexsort((priority, cluster))
     sorted_cluster = cluster[order]
     starts = np.flatnonzero(np.r_[True, sorted_cluster[1:] != sorted_cluster[:-1]])
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
-    chosen = order[rank < per_cluster]
+    quota = per_cluster if isinstance(per_cluster, int) else per_cluster[sorted_cluster]
+    chosen = order[rank < quota]
     if len(chosen) > cap:
         chosen = chosen[np.argsort(priority[chosen], kind="stable")[:cap]]
     return np.sort(chosen)

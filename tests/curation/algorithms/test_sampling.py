@@ -24,6 +24,17 @@ def test_draws_respect_both_quotas_and_take_what_small_clusters_have() -> None:
     assert set(capped) <= set(drawn)
 
 
+def test_each_cluster_may_have_its_own_quota() -> None:
+    cluster = np.repeat([0, 1, 2, 4], [5, 3, 50, 2])
+    priority = priorities(np.arange(60).astype(np.uint64), 0)
+    quota = np.array([2, 9, 0, 7, 1])
+    drawn = draw_by_cluster(cluster, priority, quota, 60)
+    assert np.bincount(cluster[drawn]).tolist() == [2, 3, 0, 0, 1]
+    for one, count in enumerate(quota):
+        alone = draw_by_cluster(cluster, priority, int(count), 60)
+        assert set(drawn[cluster[drawn] == one]) == set(alone[cluster[alone] == one])
+
+
 def test_drawing_in_steps_is_drawing_at_once() -> None:
     rng = np.random.default_rng(1)
     cluster = rng.integers(0, 8, 500)
