@@ -6,23 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from curation.recipe_faults import faults, near, short
+from curation.recipe_faults import faults, short
+from curation.recipe_modes import ClusterDraw, Hierarchical, Mode, Model, Sample
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-MODES = ("as_is", "sample", "cluster")
 
 
 class RecipeError(Exception):
@@ -46,75 +36,11 @@ Name = Annotated[str, AfterValidator(_name)]
 Uri = Annotated[str, AfterValidator(_uri)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name != "as_is":
-            raise ValueError("true and false (and yes, no, on, off) have no meaning here")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_is_left_out(cls, data: Any) -> Any:
-        """`holdout:` with nothing below it, as when its lines are commented out."""
-        if isinstance(data, dict):
-            return {key: value for key, value in data.items() if value is not None}
-        return data
-
-
-class Source(_Model):
+class Source(Model):
     """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri."""
 
     uri: Uri
     format: Literal["folder", "webdataset", "parquet"] | None = None
-
-
-class Sample(_Model):
-    """The k nearest pool images of every image of the set (DINOv2, app. A.4)."""
-
-    k: int = Field(4, ge=1, le=1000)
-    collisions: Literal["merge", "backfill"] = "merge"
-
-
-class ClusterDraw(_Model):
-    """Random draws from each cluster that holds at least `min_queries` images of the set."""
-
-    per_cluster: int = Field(10_000, ge=1)
-    min_queries: int = Field(4, ge=1)
-    cap: int = Field(1_000_000, ge=1)
-
-
-class Mode(_Model):
-    """One entry of a set's `retrieve` list: exactly one of these."""
-
-    as_is: Literal[True] | None = None
-    sample: Sample | None = None
-    cluster: ClusterDraw | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value not in MODES:
-                raise ValueError(
-                    "must be as_is, {sample: {k: 4}} or {cluster: {per_cluster: 10000}}"
-                    + near(value, MODES)
-                )
-            return {value: True if value == "as_is" else {}}
-        if isinstance(value, dict) and len(value) != 1:
-            raise ValueError(f"must hold exactly one of {', '.join(MODES)}")
-        if isinstance(value, dict):  # `- sample:` alone means its defaults
-            name, given = next(iter(value.items()))
-            return {name: (True if name == "as_is" else {}) if given is None else given}
-        return value
-
-    @model_serializer
-    def _only_what_is_set(self) -> dict[str, Any]:
-        """As it must be written: a resolved recipe can be read again."""
-        return {name: getattr(self, name) for name in MODES if getattr(self, name) is not None}
 
 
 class CuratedSource(Source):
@@ -142,8 +68,12 @@ class CuratedSource(Source):
     def cluster(self) -> ClusterDraw | None:
         return next((mode.cluster for mode in self.retrieve if mode.cluster), None)
 
+    @property
+    def hierarchical(self) -> Hierarchical | None:
+        return next((mode.hierarchical for mode in self.retrieve if mode.hierarchical), None)
 
-class Sources(_Model):
+
+class Sources(Model):
     """`pool` is searched, `curated` says what for, and nothing near `holdout` may stay."""
 
     pool: tuple[Source, ...] = Field(min_length=1)
@@ -151,7 +81,7 @@ class Sources(_Model):
     holdout: dict[Name, Source] = Field(default_factory=dict)
 
 
-class Images(_Model):
+class Images(Model):
     """What is accepted as an image; everything else is rejected with its reason."""
 
     min_side: int = Field(32, ge=1)
@@ -160,7 +90,7 @@ class Images(_Model):
     max_aspect: float = Field(10.0, ge=1)
 
 
-class Encoder(_Model):
+class Encoder(Model):
     """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in."""
 
     model: str = "vit_base_patch16_224.augreg_in21k"
@@ -169,13 +99,13 @@ class Encoder(_Model):
     batch: int = Field(16, ge=1)
 
 
-class CopyDescriptor(_Model):
+class CopyDescriptor(Model):
     """An SSCD TorchScript file by uri; left out: the small one that comes with LVD."""
 
     weights: str = "builtin"
 
 
-class Dedup(_Model):
+class Dedup(Model):
     """Near-duplicates (DINOv2, app. A.3). Thresholds left out are the copy descriptor's own."""
 
     k: int = Field(64, ge=1, le=1024)
@@ -184,7 +114,7 @@ class Dedup(_Model):
     max_component: int = Field(200, ge=2)
 
 
-class Cluster(_Model):
+class Cluster(Model):
     """Spherical k-means of the kept pool, trained on a sample of it."""
 
     k: int = Field(100_000, ge=1)
@@ -192,27 +122,27 @@ class Cluster(_Model):
     sample_per_centroid: int = Field(256, ge=1)
 
 
-class Search(_Model):
+class Search(Model):
     """How neighbours are found. Up to `exact_below` base images every pair is compared."""
 
     exact_below: int = Field(200_000, ge=0)
     target_recall: float = Field(0.99, gt=0, le=1)
 
 
-class Shards(_Model):
+class Shards(Model):
     """The WebDataset that is written."""
 
     images_per_shard: int = Field(10_000, ge=1)
 
 
-class Failures(_Model):
+class Failures(Model):
     """The budget: a run that rejects more than this share (and more than `min_images`) stops."""
 
     max_share: float = Field(0.5, ge=0, le=1)
     min_images: int = Field(1000, ge=0)
 
 
-class Resources(_Model):
+class Resources(Model):
     """Workers (all cores or GPUs when left out) and the images of a part: what a kill can cost.
 
     Beyond some ten million images take 10,000 a part, to keep the list of parts short.
@@ -222,7 +152,7 @@ class Resources(_Model):
     part_images: int = Field(256, ge=1, le=1_000_000)
 
 
-class Recipe(_Model):
+class Recipe(Model):
     """The whole recipe; `curate init` writes a commented one."""
 
     name: Name
@@ -233,7 +163,7 @@ class Recipe(_Model):
     encoder: Encoder = Encoder()
     copy_descriptor: CopyDescriptor = CopyDescriptor()
     dedup: Dedup = Dedup()
-    cluster: Cluster = Cluster()
+    cluster: Cluster = Field(Cluster(), validate_default=True)
     search: Search = Search()
     shards: Shards = Shards()
     failures: Failures = Failures()
@@ -248,11 +178,33 @@ class Recipe(_Model):
             place = _place(source.uri)
             if output.startswith(place) or place.startswith(output):
                 raise PydanticCustomError(
-                    "apart",
+                    "conflict",
                     "{source} and the output {output} must lie apart",
                     {"source": source.uri, "output": info.data["output"]},
                 )
         return sources
+
+    @field_validator("cluster")
+    @classmethod
+    def _more_than_the_levels_above(cls, cluster: Cluster, info: ValidationInfo) -> Cluster:
+        """Told once, for the `levels` that ask for the most clusters below them."""
+        sets = info.data["sources"].curated if "sources" in info.data else {}
+        asking = [
+            (mode.hierarchical.least_clusters, name, number, mode.hierarchical.levels)
+            for name, source in sets.items()
+            for number, mode in enumerate(source.retrieve)
+            if mode.hierarchical and mode.hierarchical.least_clusters > cluster.k
+        ]
+        if not asking:
+            return cluster
+        least, name, number, levels = max(asking, key=lambda one: one[0])
+        place = f"sources.curated.{name}.retrieve.{number}.hierarchical.levels"
+        given = levels if isinstance(levels, int) else list(levels)
+        raise PydanticCustomError(
+            "conflict",
+            "k must be at least {least} for {place}: {levels}, got {k}",
+            {"least": least, "place": place, "levels": short(given), "k": cluster.k},
+        )
 
 
 def _place(uri: str) -> str:

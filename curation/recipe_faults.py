@@ -33,7 +33,7 @@ def faults(error: ValidationError, root: type[BaseModel]) -> list[str]:
             message = f"no such key{hint} (allowed: {', '.join(allowed)})"
         elif kind == "missing":
             message = "is missing"
-        elif kind != "apart":
+        elif kind != "conflict":
             if kind == "model_type":
                 message = f"must be a mapping of {', '.join(_keys_at(root, place))}"
             message = f"{PLAINLY.get(kind, message)}, got {short(fault['input'])}"

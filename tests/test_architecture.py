@@ -13,7 +13,8 @@ LAYERS = {
     "curation.images": {"curation.schema"},
     "curation.runtime": {"curation.schema"},
     "curation.recipe_faults": set(),
-    "curation.recipe": {"curation.recipe_faults"},
+    "curation.recipe_modes": {"curation.recipe_faults"},
+    "curation.recipe": {"curation.recipe_faults", "curation.recipe_modes"},
     "curation.stages": {
         "curation.schema",
         "curation.algorithms",

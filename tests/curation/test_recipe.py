@@ -74,12 +74,31 @@ def read(text: str, *overrides: str) -> Recipe:
         (curated(retrieve="as_is"), "sources.curated.cats.retrieve: must be a list, got 'as_is'"),
         (
             curated(retrieve=["sampel"]),
-            "sources.curated.cats.retrieve.0: must be as_is, {sample: {k: 4}} or {cluster: "
-            "{per_cluster: 10000}}; did you mean 'sample'?, got 'sampel'",
+            "sources.curated.cats.retrieve.0: must be as_is, {sample: {k: 4}}, {cluster: "
+            "{per_cluster: 10000}} or {hierarchical: {target_size: 1000000}}; did you mean "
+            "'sample'?, got 'sampel'",
         ),
         (
             curated(retrieve=[{"clutser": {}}]),
             "sources.curated.cats.retrieve.0.clutser: no such key; did you mean 'cluster'? (allo",
+        ),
+        (
+            curated(retrieve=["hierarchcal"]),
+            "sources.curated.cats.retrieve.0: must be as_is, {sample: {k: 4}}, {cluster: "
+            "{per_cluster: 10000}} or {hierarchical: {target_size: 1000000}}; did you mean "
+            "'hierarchical'?, got 'hierarchcal'",
+        ),
+        (
+            curated(retrieve=[{"hierarchical": {"level": 3}}]),
+            "sources.curated.cats.retrieve.0.hierarchical.level: no such key; did you mean 'level",
+        ),
+        (
+            curated(retrieve=[{"hierarchical": {"target_size": 0}}]),
+            "sources.curated.cats.retrieve.0.hierarchical.target_size: must be greater than or eq",
+        ),
+        (
+            curated(retrieve=[{"hierarchical": 5}]),
+            "sources.curated.cats.retrieve.0.hierarchical: must be a mapping of levels, ta",
         ),
         (
             curated(retrieve=[{"sample": {"kk": 3}}]),
@@ -91,7 +110,7 @@ def read(text: str, *overrides: str) -> Recipe:
         ),
         (
             curated(retrieve=[{"sample": {}, "as_is": True}]),
-            "sources.curated.cats.retrieve.0: must hold exactly one of as_is, sample, cluster, got",
+            "sources.curated.cats.retrieve.0: must hold exactly one of as_is, sample, cluster, ",
         ),
         (curated(retrieve=[{"as_is": False}]), "sources.curated.cats.retrieve.0.as_is: must be Tr"),
         (curated(retrieve=[5]), "sources.curated.cats.retrieve.0: must be a mapping of as_is, "),
@@ -109,6 +128,62 @@ def read(text: str, *overrides: str) -> Recipe:
 def test_one_fault_is_one_line(data: dict[str, Any], line: str) -> None:
     (found,) = faults(data)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [0, 11, -1, 2.0, "3", "many", {"a": 1}, [], [5, 5], [5, 50], [5, 1], [5.0], ["5"], [5, [4]]],
+)
+def test_levels_that_are_none(levels: Any) -> None:
+    (found,) = faults(curated(retrieve=[{"hierarchical": {"levels": levels}}]))
+    assert found.startswith(
+        "sources.curated.cats.retrieve.0.hierarchical.levels: must be a number of levels from 1 to"
+        " 10, or the cluster counts of the levels above the first, falling to 2 or more, as in"
+        " [1000, 100], got "
+    )
+
+
+def test_levels_are_no_truth_value() -> None:
+    (found,) = faults(curated(retrieve=[{"hierarchical": {"levels": True}}]))
+    assert found.startswith("sources.curated.cats.retrieve.0.hierarchical.levels: true and false")
+
+
+@pytest.mark.parametrize(
+    ("levels", "k", "counts", "least"),
+    [
+        (1, 1, (), 1),
+        (2, 3, (2,), 3),
+        (2, 1000, (100,), 3),
+        (3, 30, (3, 2), 30),
+        (4, 300, (30, 3, 2), 300),
+        (3, 100_000, (10_000, 1000), 30),
+        ([5000, 500], 5001, (5000, 500), 5001),
+    ],
+)
+def test_levels_need_enough_clusters_below_them(
+    levels: Any, k: int, counts: tuple[int, ...], least: int
+) -> None:
+    data = curated(retrieve=["as_is", {"hierarchical": {"levels": levels}}])
+    mode = read(yaml.safe_dump(data | {"cluster": {"k": k}})).sources.curated["cats"].hierarchical
+    assert mode is not None
+    assert mode.counts(k) == counts
+    if least > 1:
+        (found,) = faults(data | {"cluster": {"k": least - 1}})
+        place = "sources.curated.cats.retrieve.1.hierarchical.levels"
+        assert (
+            found == f"cluster: k must be at least {least} for {place}: {levels}, got {least - 1}"
+        )
+
+
+def test_the_default_number_of_clusters_is_checked_against_the_levels_too() -> None:
+    data = curated(retrieve=[{"hierarchical": {"levels": [200_000]}}])
+    data["sources"]["curated"]["dogs"] = {
+        "uri": "/d",
+        "retrieve": [{"hierarchical": {"levels": 7}}],
+    }
+    place = "sources.curated.dogs.retrieve.0.hierarchical.levels"
+    assert faults(data) == [f"cluster: k must be at least 300000 for {place}: 7, got 100000"]
+    assert len(faults(data | {"seed": -1})) == 2
 
 
 def test_all_faults_are_listed_at_once() -> None:
@@ -199,8 +274,12 @@ def test_yaml_merges_are_no_duplicate_keys() -> None:
 
 
 def test_the_resolved_recipe_reads_back_as_itself() -> None:
-    found = read(yaml.safe_dump(curated(retrieve=["as_is", "sample", {"cluster": {"cap": 9}}])))
+    above = {"hierarchical": {"levels": [500, 50]}}
+    modes = ["as_is", "sample", {"cluster": {"cap": 9}}, above]
+    found = read(yaml.safe_dump(curated(retrieve=modes)))
     assert read(dump(found)) == found
+    plain = read(yaml.safe_dump(curated(retrieve=["hierarchical"])))
+    assert read(dump(plain)) == plain
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
