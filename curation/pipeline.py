@@ -25,7 +25,7 @@ from curation.runtime.manifest import (
 )
 from curation.runtime.store import Store, StoreError, open_store, split_uri
 from curation.schema import VERSIONS
-from curation.stages import cluster, dedup, embed, ingest, lineage, report, retrieve, shards
+from curation.stages import cluster, dedup, embed, ingest, lineage, modes, report, retrieve, shards
 from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     ingest_cfg = ingest_config(r)
     dedup_cfg = dedup.DedupConfig(**{**thresholds, **given, **search, **common})
     cluster_cfg = cluster.ClusterConfig(**{**r.cluster.model_dump(), **common})
-    retrieve_cfg = retrieve.RetrieveConfig(sets=_sets(r), **search, **common)
+    retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), **search, **common)
     shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
     report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed)
@@ -209,19 +209,18 @@ def _weights_version(field: str, weights: str, kind: str, model: str) -> str:
         raise RecipeError(f"{field}: {error}; give a file, an s3:// uri or leave it out") from None
 
 
-def _sets(recipe: Recipe) -> tuple[retrieve.SetConfig, ...]:
+def _sets(recipe: Recipe) -> tuple[modes.SetConfig, ...]:
     sets = []
     for name, source in recipe.sources.curated.items():
-        sample, draw = source.sample, source.cluster
+        sample, draw, above = source.sample, source.cluster, source.hierarchical
+        counts = above.counts(recipe.cluster.k) if above else ()
         sets.append(
-            retrieve.SetConfig(
+            modes.SetConfig(
                 name=name,
                 as_is=source.as_is,
-                k=sample.k if sample else 0,
-                collisions=sample.collisions if sample else "merge",
-                per_cluster=draw.per_cluster if draw else 0,
-                min_queries=draw.min_queries if draw else 0,
-                cap=draw.cap if draw else 0,
+                sample=modes.SampleConfig(**sample.model_dump()) if sample else None,
+                cluster=modes.ClusterDrawConfig(**draw.model_dump()) if draw else None,
+                hierarchical=modes.HierarchicalConfig(counts, above.target_size) if above else None,
             )
         )
     return tuple(sets)

@@ -15,7 +15,7 @@ VERSIONS = {
     "retrieve": 1,
     "shards": 1,
     "lineage": 1,
-    "report": 2,
+    "report": 3,
 }
 
 ROLES = ("curated", "holdout", "pool")
@@ -99,6 +99,19 @@ RETRIEVED_BY = pa.struct(
     ]
 )
 SELECTED = pa.schema([("image", pa.int64()), ("id", ID), ("retrieved_by", pa.list_(RETRIEVED_BY))])
+
+# retrieve: the clusters of clusters of a set's `hierarchical` mode, level 1 those of `cluster`.
+# `parent` is a cluster of the level above (null at the top), `images` the kept pool images below,
+# `quota` how many of them are drawn: the quotas of a level add up to the draw.
+HIERARCHY = pa.schema(
+    [
+        ("level", pa.int32()),
+        ("cluster", pa.int32()),
+        ("parent", pa.int32()),
+        ("images", pa.int64()),
+        ("quota", pa.int64()),
+    ]
+)
 
 # retrieve: chosen images whose bytes are already selected under another number.
 SAME_BYTES = pa.schema([("image", pa.int64()), ("first", pa.int64())])

@@ -75,6 +75,7 @@ def collect(
         "funnel": funnel(stages),
         "notices": facts.notices(models, stages),
         "composition": composition,
+        "balance": facts.balance(stages),
         "gallery": gallery,
         "similarity": {"retrieved": retrieved, "duplicate_links": links},
         "duplicates": {**facts.group_sizes(stages["dedup"]), "groups": groups},

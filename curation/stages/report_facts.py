@@ -97,11 +97,22 @@ def _add(counter: Counter[str], names: pa.Array) -> None:
 
 
 def _retrieval(curated: Any, how: str) -> str:
-    """A mode of a set as the table names it: `as is`, `sample 4`, `cluster 10,000`."""
+    """A mode of a set as the table names it: `as is`, `sample 4`, `cluster, 10,000 each`."""
     given: dict[str, Any] = next((mode[how] for mode in curated["retrieve"] if mode.get(how)), {})
     if how == "sample":
         return f"sample {given['k']}"
+    if how == "hierarchical":
+        return f"hierarchical, {given['target_size']:,}"
     return "as is" if how == "as_is" else f"{how}, {given['per_cluster']:,} each"
+
+
+def balance(stages: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a set and level of its `hierarchical` draw: how evenly images lie over its clusters."""
+    return [
+        {"set": mode["set"], **level}
+        for mode in stages["retrieve"]["modes"]
+        for level in mode.get("levels", [])
+    ]
 
 
 def binned(cosines: npt.NDArray[np.float32]) -> Counts:

@@ -30,7 +30,8 @@ from curation.runtime.store import (
     write_table,
 )
 from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SPOOL_INDEX
-from curation.stages.retrieve import SELECTED_TABLE, id_words
+from curation.stages.modes import id_words
+from curation.stages.retrieve import SELECTED_TABLE
 from curation.stages.tables import (
     Embedded,
     Part,

@@ -17,7 +17,8 @@ def busy(project: Callable[..., Project], **sections: Any) -> Project:
         picture(seed, 200, 160).save(work.folder / "pool" / f"copy-{seed}.jpg", quality=85)
     draw = {"cluster": {"per_cluster": 3, "min_queries": 1}}
     backfill = {"sample": {"k": 3, "collisions": "backfill"}}
-    work.recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw]
+    balanced = {"hierarchical": {"levels": [3, 2], "target_size": 11}}
+    work.recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw, balanced]
     work.recipe["search"] = {"exact_below": 0, "target_recall": 0.9}
     return work
 

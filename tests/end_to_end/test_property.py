@@ -42,9 +42,14 @@ modes = st.lists(
             st.integers(1, 3),
             st.integers(1, 12),
         ),
+        st.builds(
+            lambda levels, size: {"hierarchical": {"levels": levels, "target_size": size}},
+            st.sampled_from([1, 2, [3, 2]]),
+            st.integers(1, 14),
+        ),
     ),
     min_size=1,
-    max_size=3,
+    max_size=4,
     unique_by=lambda mode: mode if isinstance(mode, str) else next(iter(mode)),
 )
 kinds = st.sampled_from(["new", "new", "new", "larger", "quality", "same", "broken", "tiny"])
@@ -143,7 +148,7 @@ def test_what_holds_for_every_run(data: st.DataObject, tmp_path: Path, models: M
             "curated": {"wanted": {"uri": str(folder / "curated"), "retrieve": data.draw(modes)}},
         },
         dedup={"min_cosine": 0.95, "holdout_min_cosine": 0.9},
-        cluster={"k": data.draw(st.integers(1, 6))},
+        cluster={"k": data.draw(st.integers(4, 6))},
         search={"exact_below": data.draw(st.sampled_from([0, 100_000])), "target_recall": 0.99},
         shards={"images_per_shard": data.draw(st.integers(1, 9))},
         resources={"part_images": data.draw(st.integers(1, 9))},
@@ -159,6 +164,8 @@ def test_what_holds_for_every_run(data: st.DataObject, tmp_path: Path, models: M
             check_sample(work, **mode["sample"])
         elif "cluster" in mode:
             check_cluster(work, **mode["cluster"])
+        elif "hierarchical" in mode:
+            check_hierarchical(work, mode["hierarchical"]["target_size"])
 
 
 def check_nothing_left(run: Path) -> None:
@@ -286,6 +293,34 @@ def check_cluster(work: Finished, per_cluster: int, min_queries: int, cap: int) 
     quota = {c: min(members[c], per_cluster) for c in members if hits[c] >= min_queries}
     assert sum(drawn.values()) == min(cap, sum(quota.values()))
     assert all(count <= quota[cluster] for cluster, count in drawn.items())
+
+
+def check_hierarchical(work: Finished, target_size: int) -> None:
+    """Every level's quotas are what was drawn below its clusters, none of which could give more."""
+    run = work.folder / "run"
+    rows = pq.read_table(run / "retrieve" / "hierarchy" / "wanted.parquet").to_pylist()
+    parts = [pq.read_table(path) for path in (run / "cluster" / "assignments").glob("*")]
+    leaf = {row["image"]: row["cluster"] for row in pa.concat_tables(parts).to_pylist()}
+    chosen = {key for key, _ in reasons(work, "hierarchical")}
+    pool = kept_pool(work)
+    above = {(row["level"], row["cluster"]): row for row in rows}
+    held, drawn = Counter[tuple[int, int]](), Counter[tuple[int, int]]()
+    for image in pool:
+        node = above[1, leaf[image["image"]]]
+        while node is not None:
+            at = (node["level"], node["cluster"])
+            held[at] += 1
+            drawn[at] += image["id"] in chosen
+            node = above.get((node["level"] + 1, node["parent"]))
+    wanted = min(target_size, len(pool))
+    for (level, cluster), row in above.items():
+        assert (row["images"], row["quota"]) == (held[level, cluster], drawn[level, cluster])
+    for level in {row["level"] for row in rows}:
+        assert sum(row["quota"] for row in rows if row["level"] == level) == wanted
+    for row in rows:
+        siblings = [r for r in rows if (r["level"], r["parent"]) == (row["level"], row["parent"])]
+        most = max(sibling["quota"] for sibling in siblings)
+        assert row["quota"] == row["images"] or row["quota"] >= most - 1
 
 
 def test_the_check_of_checks(tmp_path: Path, models: Models) -> None:

@@ -57,7 +57,8 @@ def mortal(project: Callable[..., Project]) -> Mortal:
     recipe["sources"]["pool"] += [{"uri": str(pool / "tars")}, {"uri": str(pool / "pool.parquet")}]
     backfill = {"sample": {"k": 3, "collisions": "backfill"}}
     draw = {"cluster": {"per_cluster": 4, "min_queries": 1}}
-    recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw]
+    balanced = {"hierarchical": {"levels": [3, 2], "target_size": 7}}
+    recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw, balanced]
     recipe["search"] = {"exact_below": 0, "target_recall": 0.9}
     recipe["resources"] = {"part_images": 9}
     return Mortal(work)

@@ -29,7 +29,12 @@ from curation.stages.report_examples import THUMBNAIL_BYTES, thumbnail
 from curation.stages.report_facts import binned, histogram, median
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}.jpg"  # a folder `<script>alert(1)<` with a file
-ALL_MODES = ["as_is", {"sample": {"k": 4}}, {"cluster": {"per_cluster": 3, "min_queries": 1}}]
+ALL_MODES = [
+    "as_is",
+    {"sample": {"k": 4}},
+    {"cluster": {"per_cluster": 3, "min_queries": 1}},
+    {"hierarchical": {"levels": 2, "target_size": 9}},
+]
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +103,9 @@ def test_the_composition_accounts_for_every_selected_image_once(finished: Projec
     facts = facts_of(finished)
     rows, total = facts["composition"]["rows"], facts["composition"]["total"]
     selected = [row for row in finished.lineage() if row["decision"] == "selected"]
-    assert [row["how"] for row in rows] == ["as_is", "sample", "cluster"]
-    assert [row["retrieval"] for row in rows] == ["as is", "sample 4", "cluster, 3 each"]
+    assert [row["how"] for row in rows] == ["as_is", "sample", "cluster", "hierarchical"]
+    names = ["as is", "sample 4", "cluster, 3 each", "hierarchical, 9"]
+    assert [row["retrieval"] for row in rows] == names
     assert sum(row["final"] for row in rows) == total["final"] == len(selected)
     assert sum(row["retrieved"] for row in rows) == total["retrieved"]
     assert total["retrieved"] == sum(len(row["retrieved_by"]) for row in selected)
@@ -107,6 +113,16 @@ def test_the_composition_accounts_for_every_selected_image_once(finished: Projec
     assert rows[1]["retrieved"] == 48
     cosines = facts["similarity"]["retrieved"]
     assert sum(cosines["counts"]) == cosines["total"] == 48
+
+
+def test_the_balance_of_a_hierarchical_draw_is_told_by_level(finished: Project) -> None:
+    balance = facts_of(finished)["balance"]
+    assert [(row["set"], row["level"], row["clusters"]) for row in balance] == [
+        ("wanted", 1, 3),
+        ("wanted", 2, 2),
+    ]
+    assert balance[1]["drawn_evenness"] > 0.99 > balance[1]["pool_evenness"]
+    assert "Balance of the hierarchical draws" in page_of(finished)
 
 
 def test_the_examples_are_true(finished: Project) -> None:
