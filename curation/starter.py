@@ -23,6 +23,8 @@ sources:
         - sample: {{k: 4}}              # and the 4 nearest pool images of each of its images
         # or draw from the clusters that hold several of its images:
         # - cluster: {{per_cluster: 10000, min_queries: 4, cap: 1000000}}
+        # or from the whole pool, balanced over what is in it, whatever the set's images are:
+        # - hierarchical: {{levels: 3, target_size: 1000000}}
   # holdout:                # evaluation sets: nothing near them stays
   #   test: {{uri: path/to/test}}
 
