@@ -1,0 +1,161 @@
+"""Lloyd's iterations over a `sweep` seam: in memory, over blocks, or over many workers alike.
+
+A sweep takes centroids and returns totals. Totals are whole numbers, so that they add up to the
+same result in whatever order and grouping the rows were summed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from curation.algorithms.products import Floats, Ints, each
+
+FIXED_BITS = 30  # of a component: 2**30 is 1; 8.6 billion unit rows fit an int64
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Spherical: unit rows, cosine, unit centroids. Plain: squared distance, means.
+
+    `exponent`: rows are shorter than 2**exponent (0 for unit rows).
+    """
+
+    spherical: bool = True
+    exponent: int = 0
+
+    @classmethod
+    def plain(cls, longest: float) -> "Metric":
+        """For rows of at most this norm."""
+        return cls(False, int(np.ceil(np.log2(max(longest, 1e-30)))))
+
+
+@dataclass
+class Totals:
+    """Of some rows: their sums (k, D) and objective in fixed point, their counts (k,)."""
+
+    sums: Ints
+    counts: Ints
+    objective: int = 0
+
+    @classmethod
+    def empty(cls, k: int, dim: int) -> "Totals":
+        return cls(np.zeros((k, dim), np.int64), np.zeros(k, np.int64))
+
+    def add(self, rows: Floats, cluster: Ints, score: Floats, metric: Metric) -> None:
+        """Counts rows (n, D) with their clusters (n,) and scores (n,) in."""
+        self.move(rows, np.full(len(rows), -1), cluster, metric)
+        self.score(rows, score, metric)
+
+    def move(self, rows: Floats, before: Ints, after: Ints, metric: Metric) -> None:
+        """Takes rows (n, D) out of clusters `before` (n,), -1 for none, and into `after` (n,)."""
+        scale = np.float32(2.0 ** (FIXED_BITS - metric.exponent))
+        columns = np.linspace(0, rows.shape[1], 9).astype(int)
+        state = (rows, before, after, scale, self.sums)
+        each(8, lambda i: _move(*state, columns[i], columns[i + 1]))
+        size = len(self.counts)
+        self.counts += np.bincount(after, minlength=size)
+        self.counts -= np.bincount(before[before >= 0], minlength=size)
+
+    def score(self, rows: Floats, score: Floats, metric: Metric) -> None:
+        """Adds what rows (n, D) of these scores (n,) give to the objective."""
+        gain = score.astype(np.float64)
+        if not metric.spherical:
+            gain = np.einsum("nd,nd->n", rows, rows, dtype=np.float64) - 2 * gain
+        fixed = np.rint(np.ldexp(gain, FIXED_BITS - 2 * metric.exponent))
+        self.objective += int(fixed.astype(np.int64).sum())
+
+    def merge(self, other: "Totals") -> None:
+        self.sums += other.sums
+        self.counts += other.counts
+        self.objective += other.objective
+
+
+Sweep = Callable[[Floats], Totals]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """Centroids (k, D) and, before each of their moves, the objective.
+
+    The objective is the mean cosine of a row to its centroid (rising), or for plain k-means the
+    mean squared distance (falling).
+    """
+
+    centroids: Floats
+    objective: tuple[float, ...]
+
+
+def lloyd(
+    start: Clustering,
+    sweep: Sweep,
+    iterations: int,
+    metric: Metric,
+    note: Callable[[Clustering], None] = lambda _: None,
+) -> Clustering:
+    """Moves centroids (k, D) up to `iterations` times; stops when they rest.
+
+    `start` may hold what earlier iterations have reached: those count. `note` is called after each.
+    """
+    now = start
+    while len(now.objective) < iterations:
+        totals = sweep(now.centroids)
+        centroids = moved(now.centroids, totals, metric)
+        rests = np.array_equal(centroids, now.centroids)
+        now = Clustering(centroids, (*now.objective, objective(totals, metric)))
+        note(now)
+        if rests:
+            break
+    return now
+
+
+def objective(totals: Totals, metric: Metric) -> float:
+    """The mean over all rows."""
+    mean = totals.objective / max(1, int(totals.counts.sum()))
+    return float(np.ldexp(mean, 2 * metric.exponent - FIXED_BITS))
+
+
+def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:
+    """The means (k, D) of the clusters; an empty one takes half of the largest that is left."""
+    means = np.ldexp(totals.sums.astype(np.float64), metric.exponent - FIXED_BITS)
+    means /= np.maximum(totals.counts, 1)[:, None]
+    lost = totals.counts == 0
+    if metric.spherical:
+        norms = np.linalg.norm(means, axis=1, keepdims=True)
+        lost |= norms[:, 0] < 1e-9  # rows that cancel out have no mean direction
+        means /= np.maximum(norms, 1e-9)
+    means[lost] = centroids[lost]
+    _split(means, totals.counts.copy(), np.flatnonzero(totals.counts == 0))
+    if metric.spherical:
+        means /= np.linalg.norm(means, axis=1, keepdims=True)
+    return means.astype(np.float32)
+
+
+def _split(means: np.ndarray, counts: Ints, empty: Ints) -> None:
+    """Puts each empty centroid beside the one with most rows, and moves both apart by 1/512."""
+    side = np.where(np.arange(means.shape[1]) % 2, 1 / 1024, -1 / 1024)
+    for one in empty:
+        largest = int(np.argmax(counts))
+        if counts[largest] < 2:
+            return
+        means[one] = means[largest] * (1 + side)
+        means[largest] *= 1 - side
+        counts[one] = counts[largest] // 2
+        counts[largest] -= counts[one]
+
+
+@numba.njit(nogil=True, cache=True)
+def _move(
+    rows: Floats, before: Ints, after: Ints, scale: float, sums: Ints, first: int, last: int
+) -> None:
+    for i in range(rows.shape[0]):
+        if before[i] == after[i]:
+            continue
+        row, into = rows[i], sums[after[i]]
+        for d in range(first, last):
+            into[d] += np.int64(np.int32(np.rint(row[d] * scale)))
+        if before[i] >= 0:
+            out_of = sums[before[i]]
+            for d in range(first, last):
+                out_of[d] -= np.int64(np.int32(np.rint(row[d] * scale)))
