@@ -16,6 +16,7 @@ Floats = npt.NDArray[np.float32]
 Edges = tuple[Ints, Ints, Floats]  # left, right, cosine: a block of edges
 
 WIDE_NODES = 2**32 - 1  # from here on a node, or "no node", needs 8 bytes
+AHEAD = 32  # edges whose first steps up are loaded together
 TRUE_COPIES = 0.95  # a giant that hangs together at this cosine is a mass of copies
 
 
@@ -47,8 +48,16 @@ def _join(parent: Ints, a: int, b: int) -> None:
 @_kernel
 def _union(parent: Ints, left: Ints, right: Ints) -> None:
     node = parent.dtype.type
-    for i in range(left.size):
-        _join(parent, node(left[i]), node(right[i]))
+    a, b = np.empty(AHEAD, parent.dtype), np.empty(AHEAD, parent.dtype)
+    for start in range(0, left.size, AHEAD):
+        edges = min(AHEAD, left.size - start)
+        for i in range(edges):  # loads that don't wait for each other, as those of a climb do
+            a[i] = parent[node(left[start + i])]
+            b[i] = parent[node(right[start + i])]
+        for i in range(edges):
+            a[i], b[i] = parent[a[i]], parent[b[i]]
+        for i in range(edges):
+            _join(parent, a[i], b[i])
 
 
 @_kernel
