@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks import copies, memory, quality
+from benchmarks import components, copies, memory, quality
 
 ENCODER = "encoder/deit_tiny_patch16_224_fp16.safetensors"
 
@@ -12,7 +12,7 @@ ENCODER = "encoder/deit_tiny_patch16_224_fp16.safetensors"
 def main() -> int:
     """The number of tables that miss their target."""
     shared = Path(os.environ.get("LVD_SHARED", "../shared"))
-    missed = memory.main([])
+    missed = components.main([]) + memory.main([])
     if not (shared / "bench").is_dir():
         print(f"no labelled images at {shared}: the tables of quality and copies are left out")
         return missed

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from benchmarks.copy_transforms import TRANSFORMS
-from curation.algorithms.components import Components
+from curation.algorithms.components import Components, Ints
 from curation.images.encoders import (
     DEMO_MODEL,
     VectorModel,
@@ -193,7 +193,7 @@ def group_table(descriptor: Descriptor, measured: Measured) -> list[str]:
     return table_head("groups", list(descriptor.thresholds)) + cells
 
 
-def linked(rows: Rows, least: float) -> NDArray[np.int64]:
+def linked(rows: Rows, least: float) -> Ints:
     """The component of each row where rows at `least` cosine or more are joined."""
     components = Components(len(rows))
     for start in range(0, len(rows), BLOCK):

@@ -1,17 +1,30 @@
 """Copy vectors -> what stays of each part: near-duplicate groups, and everything near the holdout.
 
 DINOv2, app. A.3: neighbours above a cosine join into components; one image a component stays; a
-component that holds an evaluation image goes whole. The union-find runs in this process:
-about 70 bytes an image and 90 more for one with copies (docs/memory.md), and the edges of giants.
+component that holds an evaluation image goes whole. The union-find runs in this process, over
+edges read block by block: 17 bytes an image and 44 a group of copies (docs/memory.md).
 """
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from curation.algorithms.components import Components, Floats, Ints, split_giants
+from curation.algorithms.components import (
+    Components,
+    Edges,
+    Floats,
+    Ints,
+    Representatives,
+    component_sizes,
+    nobody,
+    split_giants,
+)
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish
@@ -23,7 +36,6 @@ from curation.stages.tables import (
     Embedded,
     Part,
     VectorView,
-    by_part,
     column_bytes,
     column_numpy,
     decisions_path,
@@ -31,6 +43,8 @@ from curation.stages.tables import (
     read_parts,
     usable_images,
 )
+
+BLOCK_IMAGES = 1 << 24  # images looked at together where no part sets the size
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,9 @@ class DedupConfig:
     seed: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Groups:
-    """By image number: component label (n,), best link (n,), nearest holdout image or -1 (n,)."""
+    """By image number (n,): component label, best link, nearest holdout image or `nobody`."""
 
     labels: Ints
     cosine: Floats
@@ -66,19 +80,18 @@ def run(
     own = _join(cfg, "self", VectorView(embedded, "copy", "distinct"), cfg.k, cfg.min_cosine)
     pool = read_parts(store, "pool")
     counts: dict[str, Any] = {"search": search(own, pool, pool, store, executor, events)}
-    links = []
+    near = None
     if holdout := read_parts(store, "holdout"):
         view = VectorView(embedded, "copy")
         near = _join(cfg, "holdout", view, 1, cfg.holdout_min_cosine)
         seekers = read_parts(store, "curated", "pool")
         counts["holdout_search"] = search(near, seekers, holdout, store, executor, events)
-        links = list(answers(near, store))
     parts = read_parts(store)
-    groups, giants = _group(cfg, own, links, parts, store)
-    counts |= _write_decisions(groups, parts, embedded, store)
-    sizes = np.bincount(groups.labels)
-    spread = np.unique(sizes[sizes > 1], return_counts=True)
-    counts["component_sizes"] = {str(s): int(c) for s, c in zip(*spread, strict=True)}
+    groups, giants = _group(cfg, own, near, parts, store)
+    sizes = component_sizes(groups.labels)
+    spread = _spread(sizes)
+    counts |= _write_decisions(groups, Representatives(sizes), parts, embedded, store)
+    counts["component_sizes"] = {str(size): count for size, count in spread}
     counts["giants"] = [{"size": size, "largest_piece": piece} for size, piece in giants]
     counts["min_cosine"] = cfg.min_cosine
     counts["holdout_min_cosine"] = cfg.holdout_min_cosine
@@ -101,109 +114,131 @@ def _join(cfg: DedupConfig, name: str, view: VectorView, k: int, min_cosine: flo
 
 
 def _group(
-    cfg: DedupConfig, own: Join, links: list[pa.Table], parts: list[Part], store: Store
+    cfg: DedupConfig, own: Join, near: Join | None, parts: list[Part], store: Store
 ) -> tuple[Groups, list[tuple[int, int]]]:
     """Components over copies and near-copies, giants cut, then joined to the holdout."""
     images = parts[-1].base + parts[-1].rows
     components, best = Components(images), np.zeros(images, np.float32)
-    exact = read_table(store, EXACT_TABLE)
-    copy, first = column_numpy(exact, "image"), column_numpy(exact, "first")
-    components.add(copy, first)
-    best[copy] = best[first] = 1.0
-    for table in answers(own, store):
-        left, right, cosine = _edges(table)
+    for left, right, cosine in _links(own, store):
         components.add(left, right)
         np.maximum.at(best, left, cosine)
         np.maximum.at(best, right, cosine)
     labels = components.labels()
-    giants: list[tuple[int, int]] = []
-    sizes = np.bincount(labels, minlength=images)
-    if sizes.max() > cfg.max_component:
-        inside = [(copy, first, np.ones(len(copy), np.float32))]
-        inside += [_edges(table) for table in answers(own, store)]
-        big = [_within(sizes[labels] > cfg.max_component, *edges) for edges in inside]
-        left, right, cosine = (np.concatenate(column) for column in zip(*big, strict=True))
-        labels, giants = split_giants(labels, left, right, cosine, cfg.max_component)
-    holdout = np.full(images, -1)
-    joined = Components(images)
-    joined.add(np.arange(images), labels)
-    for table in links:
+    giants = split_giants(labels, lambda: _links(own, store), cfg.max_component)
+    holdout = np.full_like(labels, nobody(labels))
+    for table in answers(near, store) if near else ():
         left, right, cosine = _edges(table)
-        joined.add(left, right)
+        components.add(left, right)
         holdout[left] = right
         best[left] = cosine
-    return Groups(joined.labels(), best, holdout), giants
+    return Groups(components.labels(), best, holdout), giants
 
 
-def _edges(table: pa.Table) -> tuple[Ints, Ints, Floats]:
-    cosine = table["cosine"].to_numpy()
-    return column_numpy(table, "query"), column_numpy(table, "image"), cosine
+def _links(own: Join, store: Store) -> Iterator[Edges]:
+    """Every pair of copies: those with the same bytes, then the answers of the search."""
+    with store.open(EXACT_TABLE) as file:
+        for batch in pq.ParquetFile(file).iter_batches():
+            copy, first = batch["image"].to_numpy(), batch["first"].to_numpy()
+            yield copy, first, np.ones(len(copy), np.float32)
+    for table in answers(own, store):
+        yield _edges(table)
 
 
-def _within(chosen: Any, left: Ints, right: Ints, cosine: Floats) -> tuple[Ints, Ints, Floats]:
-    mask = chosen[left]
-    return left[mask], right[mask], cosine[mask]
+def _edges(table: pa.Table) -> Edges:
+    return table["query"].to_numpy(), table["image"].to_numpy(), table["cosine"].to_numpy()
+
+
+def _spread(sizes: Ints) -> list[tuple[int, int]]:
+    """How many components have each size above one, by size."""
+    found = Counter[int]()
+    for start in range(0, len(sizes), BLOCK_IMAGES):
+        block = sizes[start : start + BLOCK_IMAGES]
+        for size, count in zip(*np.unique(block[block > 1], return_counts=True), strict=True):
+            found[int(size)] += int(count)
+    return sorted(found.items())
 
 
 def _write_decisions(
-    groups: Groups, parts: list[Part], embedded: Embedded, store: Store
+    groups: Groups, best: Representatives, parts: list[Part], embedded: Embedded, store: Store
 ) -> dict[str, Any]:
     """One decision an image: of each group the representative stays, unless the holdout is near."""
-    images = len(groups.labels)
-    sizes = np.bincount(groups.labels, minlength=images)
-    tainted = np.zeros(images, bool)  # by label: the group reaches the holdout
-    near = groups.holdout >= 0
-    tainted[groups.labels[near]] = True
-    stays = _representatives(groups.labels, sizes, parts, embedded, store)
-    other = np.where(near, groups.holdout, stays[groups.labels])
-    other[(other == np.arange(images)) | (tainted[groups.labels] & ~near)] = -1
-    pointing = np.flatnonzero(other >= 0)
-    other_ids = ids_of(store, embedded, parts, other[pointing])
+    _offer_copies(groups, best, parts, embedded, store)
+    verdicts = Verdicts(groups, best, _tainted(groups), *_holdout_ids(parts, embedded, store))
     counts = {"kept": 0, "duplicate": 0, "near_holdout": 0}
     for part in parts:
-        block = slice(part.base, part.base + part.rows)
-        label = groups.labels[block]
-        usable = usable_images(store, embedded, part)
-        decision = np.full(part.rows, "kept", object)
-        if part.role == "pool":
-            decision[stays[label] != np.arange(block.start, block.stop)] = "duplicate"
-        decision[tainted[label] | (part.role == "holdout")] = "near_holdout"
-        decision[~usable] = "rejected"
-        if part.role == "pool":
-            for name in counts:
-                counts[name] += int((decision == name).sum())
-        ids = np.full(part.rows, None, object)
-        start, stop = np.searchsorted(pointing, [block.start, block.stop])
-        for at in range(start, stop):
-            ids[pointing[at] - part.base] = other_ids[at].tobytes()
-        component = pa.array(label, mask=~(usable & (sizes[label] > 1)))
-        columns = [pa.array(decision), component, pa.array(ids, pa.binary(32))]
-        columns.append(pa.array(groups.cosine[block]))
-        table = pa.Table.from_arrays(columns, schema=DECISIONS)
+        table = verdicts.of(part, usable_images(store, embedded, part))
         write_table(store, decisions_path(part), table)
+        if part.role == "pool":
+            found = Counter(table["decision"].to_pylist())
+            counts = {name: count + found[name] for name, count in counts.items()}
     return counts
 
 
-def _representatives(
-    labels: Ints, sizes: Ints, parts: list[Part], embedded: Embedded, store: Store
-) -> Ints:
-    """By label, the pool image that stays: most pixels, then smallest id. Alone: itself."""
-    stays = np.arange(len(labels))
-    grouped = np.flatnonzero(sizes[labels] > 1)
-    numbers, pixels, words = [], [], []
-    pool = [part for part in parts if part.role == "pool"]
-    for part, block in by_part(pool, grouped):
-        rows = grouped[block] - part.base
-        rows = rows[usable_images(store, embedded, part)[rows]]
+def _offer_copies(
+    groups: Groups, best: Representatives, parts: list[Part], embedded: Embedded, store: Store
+) -> None:
+    """Every usable pool image may stay for its group; one that is alone costs nothing."""
+    for part in parts:
+        label = groups.labels[part.base : part.base + part.rows]
+        if part.role != "pool" or not (grouped := best.grouped(label)).any():
+            continue
+        rows = np.flatnonzero(grouped & usable_images(store, embedded, part))
         table = read_table(store, embedded.images_path(part), ["id", "width", "height"]).take(rows)
-        numbers.append(part.base + rows)
-        pixels.append(column_numpy(table, "width") * column_numpy(table, "height"))
-        words.append(column_bytes(table, "id").view(">u8"))
-    if not numbers:
-        return stays
-    number, pixel, word = np.concatenate(numbers), np.concatenate(pixels), np.concatenate(words)
-    label = labels[number]
-    order = np.lexsort((number, *word.T[::-1], -pixel, label))
-    first = np.r_[True, label[order][1:] != label[order][:-1]]
-    stays[label[order][first]] = number[order][first]
-    return stays
+        pixels = column_numpy(table, "width") * column_numpy(table, "height")
+        best.offer(part.base + rows, label[rows], pixels, column_bytes(table, "id"))
+
+
+def _tainted(groups: Groups) -> npt.NDArray[np.bool_]:
+    """By label: does the group reach the holdout?"""
+    tainted = np.zeros(len(groups.labels), bool)
+    for start in range(0, len(tainted), BLOCK_IMAGES):
+        block = slice(start, start + BLOCK_IMAGES)
+        holdout = groups.holdout[block]
+        tainted[groups.labels[block][holdout != nobody(holdout)]] = True
+    return tainted
+
+
+def _holdout_ids(
+    parts: list[Part], embedded: Embedded, store: Store
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Numbers (h,), rising, and ids (h, 32) of all holdout images."""
+    holdout = [part for part in parts if part.role == "holdout"]
+    numbers = [np.arange(part.base, part.base + part.rows) for part in holdout]
+    number = np.concatenate([*numbers, np.empty(0, np.int64)])
+    return number, ids_of(store, embedded, holdout, number)
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """All that decides: by label whether the holdout is near (n,), holdout numbers and ids."""
+
+    groups: Groups
+    best: Representatives
+    tainted: npt.NDArray[np.bool_]
+    held_number: npt.NDArray[np.int64]
+    held_id: npt.NDArray[np.uint8]
+
+    def of(self, part: Part, usable: npt.NDArray[np.bool_]) -> pa.Table:
+        """The decisions of a part; `usable` (rows,) as its images are."""
+        block = slice(part.base, part.base + part.rows)
+        label, holdout = self.groups.labels[block], self.groups.holdout[block]
+        grouped, tainted = self.best.grouped(label), self.tainted[label]
+        copy = np.zeros(part.rows, bool)
+        stays, _ = self.best.of(label[grouped])
+        copy[grouped] = stays != part.base + np.flatnonzero(grouped)
+        decision = np.full(part.rows, "kept", object)
+        if part.role == "pool":
+            decision[copy] = "duplicate"
+        decision[tainted | (part.role == "holdout")] = "near_holdout"
+        decision[~usable] = "rejected"
+        ids = np.full(part.rows, None, object)
+        pointing = np.flatnonzero(copy & ~tainted)
+        _, stays_id = self.best.of(label[pointing])
+        near = np.flatnonzero(holdout != nobody(holdout))
+        holdout_id = self.held_id[np.searchsorted(self.held_number, holdout[near])]
+        for rows, found in ((pointing, stays_id), (near, holdout_id)):
+            ids[rows] = [id_.tobytes() for id_ in found]
+        component = pa.array(label.astype(np.int64), mask=~(usable & grouped))
+        columns = [pa.array(decision), component, pa.array(ids, pa.binary(32))]
+        columns.append(pa.array(self.groups.cosine[block]))
+        return pa.Table.from_arrays(columns, schema=DECISIONS)

@@ -1,6 +1,7 @@
 """Runs of `curate` in child processes that end themselves with SIGKILL at a chosen write.
 
-Every publish has two points where a run can die, before and after the rename, and every delete one.
+Every publish has two points where a run can die, before and after the rename, every delete one, and
+every block of edges that joins the union-find one.
 The children are forked from a server that has the imports done: a run costs its work alone.
 """
 
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from workbench import Project
 
@@ -24,6 +26,7 @@ def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counte
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    from curation.algorithms.components import Components
     from curation.cli import main
     from curation.runtime.store import FileStore
     from curation.stages import neighbours
@@ -40,7 +43,7 @@ def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counte
             if len(points) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    publish, delete = FileStore.publish, FileStore.delete
+    publish, delete, add = FileStore.publish, FileStore.delete, Components.add
 
     @contextlib.contextmanager
     def deadly_publish(self: FileStore, path: str) -> Iterator[Path]:
@@ -53,7 +56,12 @@ def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counte
         delete(self, path)
         point("deleted", path)
 
+    def deadly_add(self: Components, left: Any, right: Any) -> None:
+        add(self, left, right)
+        point("joined", "dedup/")
+
     FileStore.publish, FileStore.delete = deadly_publish, deadly_delete  # type: ignore[method-assign]
+    Components.add = deadly_add  # type: ignore[method-assign]
     code = main(arguments)
     counted.write_text("\n".join(points))
     sys.stdout.flush()

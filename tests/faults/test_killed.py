@@ -102,6 +102,16 @@ def test_killed_at_points_over_all_stages(mortal: Mortal) -> None:
         check_resumed(mortal, kill_at, whole)
 
 
+def test_killed_in_the_union_find(mortal: Mortal) -> None:
+    """Between the first blocks of edges, and after the last, when the holdout has joined."""
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(mortal.work.run_folder)
+    joins = [at for at, kind in enumerate(mortal.points(), 1) if kind == "joined dedup"]
+    assert len(joins) > 3
+    for kill_at in (joins[0], joins[-1]):
+        assert check_resumed(mortal, kill_at, whole) == "dedup"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_every_kind_of_write(mortal: Mortal) -> None:
