@@ -31,6 +31,7 @@ from curation.algorithms.products import (
 TILE_ROWS = 1024
 NEAR = 8  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most
+COST = np.array([*SHARES, 2.0], np.float32)
 
 
 def assign(rows: Floats, centroids: Floats, spherical: bool = True) -> tuple[Ints, Floats]:
@@ -50,18 +51,22 @@ class Assigner:
 
     def __init__(self, spherical: bool = True) -> None:
         self._spherical = spherical
+        self._longest: float | None = None
         self._centroids = np.empty((0, 0), np.float32)
 
     def __call__(self, rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
         """Number (n,) and score (n,) of the nearest centroid of every row."""
         count, bias = len(rows), _bias(centroids, self._spherical)
-        task = _Task(rows, centroids, bias, _longest(rows))
+        if self._longest is None:
+            self._longest = _longest(rows)
+        task = _Task(rows, centroids, bias, self._longest)
         if self._centroids.shape != centroids.shape:
             width = min(NEAR, len(centroids))
             self._near = np.empty((count, width), np.int32)
             self._rest = np.empty(count, np.float32)
             self._epoch = np.zeros(count, np.int16)
-            self._paths = np.zeros((1, len(centroids)), np.float32)
+            self._spent = np.zeros(count, np.float32)
+            self._reference = [centroids]
             task.scores = np.empty((count, width), np.float32)
             self._search(task, np.arange(count), fast_dtype())
         else:
@@ -78,8 +83,6 @@ class Assigner:
 
     def _update(self, task: "_Task") -> None:
         """Scores what was near again, and whatever may have come near since."""
-        path = self._paths[-1] + task.moved(self._centroids, self._spherical)
-        self._paths = np.concatenate([self._paths, path[None].astype(np.float32)])
         task.scores = np.empty(self._near.shape, np.float32)
         small = task.small
         each_tile(
@@ -91,18 +94,23 @@ class Assigner:
         all_again = np.zeros(len(room), bool)
         for epoch in np.unique(self._epoch):
             mine = np.flatnonzero(self._epoch == epoch)
-            distance = path - self._paths[epoch]
+            distance = task.moved(self._reference[epoch], self._spherical)
             order = np.argsort(-distance, kind="stable")
             needed = np.searchsorted(-distance[order], -room[mine])
             limits = np.array([int(share * len(order)) for share in SHARES])
             group = np.searchsorted(limits, needed)
+            spent = self._spent[mine] + COST[group]
+            group[spent > 1] = len(limits)
+            self._spent[mine] = spent
             all_again[mine[group == len(limits)]] = True
             for number in range(1, len(limits)):
                 if (group == number).any():
                     far = np.sort(order[: limits[number]]).astype(np.int32)
                     self._try(task, mine[group == number], far)
         chosen = np.flatnonzero(all_again)
-        self._epoch[chosen] = len(self._paths) - 1
+        self._epoch[chosen] = len(self._reference)
+        self._spent[chosen] = 0
+        self._reference.append(task.centroids)
         self._search(task, chosen, fast_dtype())
 
     def _try(self, task: "_Task", chosen: Ints, far: Ids) -> None:
