@@ -1,95 +1,211 @@
-"""k nearest neighbours by cosine: exact blocks of products, and an inverted file over one slab.
+"""kNN join: the k nearest of a base for every query, or every pair above a score, by cells.
 
-Rows are unit-norm fp32, so that a product is a cosine. Results are ordered by falling cosine,
-ties by rising number. Base numbers are any int64 labels.
+Base rows are put in cells; a query asks in its `nprobe` nearest cells, where it is compared with
+every row. `nprobe` is the smallest that reaches a target recall on a sample of queries whose true
+neighbours are known. A self-join offers each pair to both of its rows, so it is enough if one of
+them asks in the other's cell.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
-import faiss
 import numpy as np
-import numpy.typing as npt
-import torch
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
+from curation.algorithms.products import Floats, Ints, check_finite
+from curation.algorithms.search import Base, Queries, Visits, search
 
-QUERY_ROWS = 1024  # products are made in blocks of this many queries
-NONE = -1  # the number of a neighbour that isn't there
+ROWS_PER_CELL = 256
+FEW_CELLS = 16  # bases of so few cells are searched whole
+SAMPLE_QUERIES = 1000
+LONGEST_WAY = 2048  # cells that are ranked for a sampled query
+CHUNK_ROWS = 65_536
+MARGIN = 0.1  # of what is left above the target recall: a sample errs
 
 
-@dataclass
-class Neighbours:
-    """For each of n queries up to k neighbours: cosines (n, k), numbers (n, k), NONE at the end."""
+class RecallError(ValueError):
+    """The target recall can't be reached."""
 
-    cosine: Floats
-    number: Ints
+
+@dataclass(frozen=True)
+class Search:
+    """What is asked: the k best above `min_score`, with `itself` among the base's own rows."""
+
+    k: int
+    min_score: float = -np.inf
+    itself: bool = False
+    target_recall: float = 0.99
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Neighbours (n, k), and how they were found; `recall` is measured on a sample."""
+
+    neighbours: Neighbours
+    cells: int
+    nprobe: int
+    recall: float
+
+
+def join(queries: Floats, base: Floats, what: Search) -> Joined:
+    """The neighbours of unit rows (n, D) in a base of unit rows (m, D), by product.
+
+    With `what.itself` the queries must be the base; of equal rows only the first is compared, the
+    others are its neighbours. Numbers are positions in the base.
+    Errors: ValueError for rows that aren't finite, RecallError.
+    """
+    check_finite(base)
+    check_finite(queries)
+    if not len(base) or not len(queries):
+        return Joined(Best(len(queries), what.k).sorted(), 0, 0, 1.0)
+    rng = np.random.default_rng(what.seed)
+    kept = first_of_equal(base) if what.itself else np.arange(len(base))
+    distinct = np.unique(kept)
+    rows = base[distinct]
+    cells = fit_cells(rows, cell_count(len(rows)), rng)
+    cell = cells.assign(rows)
+    asking = distinct if what.itself else np.arange(len(queries))
+    sampled = np.sort(rng.choice(asking, min(SAMPLE_QUERIES, len(asking)), replace=False))
+    sample = Queries(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
+    truth = exact(sample, [Queries(rows, distinct)], what)
+    pairs = Pairs.of(truth, lambda number: np.searchsorted(distinct, number), rows, cell)
+    cells, nprobe = choose_nprobe(cells, sample.rows, pairs, what)
+    sorted_base = Base.of(rows, distinct, cell, len(cells))
+    best = Best(len(queries), what.k, what.min_score)
+    if what.itself:
+        _join_itself(sorted_base, cells, nprobe, best)
+    else:
+        _join_chunks(queries, sorted_base, cells, nprobe, best)
+    found = best.sorted()
+    measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth)
+    if measured < what.target_recall:
+        raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
+    if what.itself:
+        _join_equal(found, kept, base)
+    return Joined(found, len(cells), nprobe, measured)
+
+
+def _join_itself(base: Base, cells: Cells, nprobe: int, best: Best) -> None:
+    """Best (n) by number. All rows of the base ask, a chunk at a time."""
+    found = Best(len(base.rows), *best.score.shape[1:], float(best.score[0, 0]))
+    queries = Queries(base.rows, base.numbers)
+    for start in range(0, len(base.rows), CHUNK_ROWS):
+        way = cells.nearest(base.rows[start : start + CHUNK_ROWS], nprobe).number
+        asking = Visits.of(way, len(cells))
+        search(queries, Visits(asking.queries + start, asking.starts), base, found, found)
+    best.score[base.numbers], best.number[base.numbers] = found.score, found.number
+
+
+def _join_chunks(queries: Floats, base: Base, cells: Cells, nprobe: int, best: Best) -> None:
+    """Best (n) by position of the queries, a chunk of them at a time."""
+    for start in range(0, len(queries), CHUNK_ROWS):
+        rows = queries[start : start + CHUNK_ROWS]
+        asking = Visits.of(cells.nearest(rows, nprobe).number, len(cells))
+        visits = Visits(asking.queries + start, asking.starts)
+        search(Queries(queries, np.empty(0, np.int64)), visits, base, best)
+
+
+def _join_equal(found: Neighbours, kept: Ints, rows: Floats) -> None:
+    """Gives rows that repeat an earlier one that one as their neighbour, and one of them to it."""
+    again = np.flatnonzero(kept != np.arange(len(kept)))
+    score = np.einsum("nd,nd->n", rows[again], rows[again])
+    found.score[again, 0], found.number[again, 0] = score, kept[again]
+
+
+def first_of_equal(rows: Floats) -> Ints:
+    """For each row (n, D) the position of the first that is equal to it (n,)."""
+    as_bytes = np.ascontiguousarray(rows).view(f"V{rows.itemsize * rows.shape[1]}")[:, 0]
+    _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
+    firsts: Ints = first[inverse]
+    return firsts
+
+
+def cell_count(base_rows: int) -> int:
+    """How many cells: they stay small however large the base is."""
+    return max(1, base_rows // ROWS_PER_CELL)
+
+
+def fit_cells(base: Floats, count: int, rng: np.random.Generator) -> Cells:
+    """Cells of a sample of base rows (m, D)."""
+    wanted = min(len(base), SAMPLE_PER_CELL * count)
+    chosen = np.sort(rng.choice(len(base), wanted, replace=False))
+    return Cells.fit(base[chosen], count, rng)
+
+
+def exact(queries: Queries, base: Iterable[Queries], what: Search) -> Neighbours:
+    """The true neighbours of a few queries (n), by comparing them with all blocks of the base."""
+    best = Best(len(queries.rows), what.k, what.min_score)
+    visits = Visits.of(np.zeros((len(queries.rows), 1), np.int64), 1)
+    for block in base:
+        whole = Base(block.rows, block.numbers, np.array([0, len(block.rows)]))
+        # A heap that no one reads takes the other direction, so that no row meets itself.
+        twins = Best(len(block.rows), 1, np.inf) if what.itself else None
+        search(queries, visits, whole, best, twins)
+    return best.sorted()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """True neighbours of sampled queries: the query's position (p,), and of the neighbour its cell
+    (p,) and, for a self-join, its row (p, D)."""
+
+    query: Ints
+    cell: Ints
+    rows: Floats
 
     @classmethod
-    def empty(cls, queries: int, k: int) -> "Neighbours":
-        return cls(np.full((queries, k), -np.inf, np.float32), np.full((queries, k), NONE))
-
-    def merge(self, other: "Neighbours") -> "Neighbours":
-        """The best k of both; a number must not be in both."""
-        cosine = np.concatenate([self.cosine, other.cosine], axis=1)
-        number = np.concatenate([self.number, other.number], axis=1)
-        order = np.lexsort((number, -cosine), axis=1)[:, : self.cosine.shape[1]]
-        return Neighbours(
-            np.take_along_axis(cosine, order, axis=1), np.take_along_axis(number, order, axis=1)
-        )
+    def of(
+        cls, truth: Neighbours, position: Callable[[Ints], Ints], rows: Floats, cell: Ints
+    ) -> "Pairs":
+        """From neighbours whose numbers are found at a position of `rows` (m, D), `cell` (m,)."""
+        query, column = np.nonzero(truth.number != NONE)
+        at = position(truth.number[query, column])
+        return cls(query, cell[at], rows[at])
 
 
-def exact_block(queries: Floats, base: Floats, numbers: Ints, k: int) -> Neighbours:
-    """The k nearest of `base` (m, D), labelled `numbers` (m,), for `queries` (n, D)."""
-    found = Neighbours.empty(len(queries), k)
-    if not len(base):
-        return found
-    keep = min(k, len(base))
-    right = torch.from_numpy(base).T
-    for start in range(0, len(queries), QUERY_ROWS):
-        block = slice(start, start + QUERY_ROWS)
-        cosine, column = torch.topk(torch.from_numpy(queries[block]) @ right, keep, dim=1)
-        found.cosine[block, :keep] = cosine.numpy()
-        found.number[block, :keep] = numbers[column.numpy()]
-    return found.merge(Neighbours.empty(len(queries), 0))
+def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> tuple[Cells, int]:
+    """The smallest nprobe by which sampled queries (s, D) meet their neighbours, and its cells.
+
+    Errors: RecallError when more than LONGEST_WAY cells would be needed.
+    """
+    if len(cells) <= FEW_CELLS:
+        return cells.exact(), len(cells)
+    if not len(pairs.query):
+        return cells, FEW_CELLS
+    aim = what.target_recall + MARGIN * (1 - what.target_recall)
+    while True:
+        steps = _steps(cells, sample, pairs.query, pairs.cell)
+        if what.itself:
+            back = cells.assign(sample)[pairs.query]
+            steps = np.minimum(steps, _steps(cells, pairs.rows, np.arange(len(back)), back))
+        need = int(np.sort(steps)[int(np.ceil(aim * len(steps))) - 1])
+        if need < LONGEST_WAY:
+            return cells, need + 1
+        if cells.beam == len(cells.groups):
+            raise RecallError(
+                f"recall {what.target_recall} needs more than {LONGEST_WAY} of {len(cells)} cells"
+            )
+        cells = cells.wider()
 
 
-class SlabIndex:
-    """An inverted-file index over one slab of the base, with `nprobe` set for a target recall."""
-
-    def __init__(self, base: Floats, numbers: Ints, seed: int) -> None:
-        cells = max(1, min(int(4 * np.sqrt(len(base))), len(base) // 10))
-        quantizer = faiss.IndexFlatIP(base.shape[1])
-        self._index: Any = faiss.IndexIVFFlat(
-            quantizer, base.shape[1], cells, faiss.METRIC_INNER_PRODUCT
-        )
-        self._index.cp.seed = seed & 0x7FFFFFFF
-        self._index.cp.min_points_per_centroid = 1
-        self._index.train(base)
-        self._index.add(base)
-        self._base, self._numbers, self.cells = base, numbers, cells
-
-    def tune(self, queries: Floats, k: int, target: float) -> int:
-        """Doubles `nprobe` until a sample's recall@k reaches `target`; at all cells it is exact."""
-        truth = exact_block(queries, self._base, self._numbers, k)
-        probes = 4
-        while True:
-            self._index.nprobe = min(probes, self.cells)
-            if probes >= self.cells or recall(self.search(queries, k), truth) >= target:
-                return int(self._index.nprobe)
-            probes *= 2
-
-    def search(self, queries: Floats, k: int) -> Neighbours:
-        cosine, column = self._index.search(queries, k)
-        number = np.where(column >= 0, self._numbers[column], NONE)
-        found = Neighbours(np.where(column >= 0, cosine, -np.inf).astype(np.float32), number)
-        return found.merge(Neighbours.empty(len(queries), 0))
+def _steps(cells: Cells, rows: Floats, row: Ints, target: Ints) -> Ints:
+    """How many cells rows[row] asks before cell `target` (p,); LONGEST_WAY when it never does."""
+    way = cells.nearest(rows, LONGEST_WAY).number
+    keys = (np.arange(len(rows))[:, None] * len(cells) + way).ravel()
+    step = np.broadcast_to(np.arange(way.shape[1]), way.shape).ravel()
+    step, keys = step[way.ravel() != NONE], keys[way.ravel() != NONE]
+    order = np.argsort(keys)
+    wanted = row * len(cells) + target
+    at = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
+    steps: Ints = np.where(keys[order][at] == wanted, step[order][at], LONGEST_WAY)
+    return steps
 
 
 def recall(found: Neighbours, truth: Neighbours) -> float:
     """The share of true neighbours that were found; a tie counts as found."""
-    last = np.where(truth.number == NONE, np.inf, truth.cosine).min(axis=1, keepdims=True)
+    last = np.where(truth.number == NONE, np.inf, truth.score).min(axis=1, keepdims=True)
     wanted = (truth.number != NONE).sum()
-    hits = ((found.number != NONE) & (found.cosine >= last - 1e-6)).sum()
+    hits = ((found.number != NONE) & (found.score >= last - 1e-6)).sum()
     return float(min(hits, wanted) / wanted) if wanted else 1.0
