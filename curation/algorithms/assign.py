@@ -227,7 +227,7 @@ def _offer(
     chosen: Ints,
     scores: Floats,
     columns: Ids,
-    slack: float,
+    slack: np.float32,
     rows: Floats,
     centroids: Floats,
     bias: Floats,
@@ -272,7 +272,7 @@ def _settle(
     bias: Doubles,
     near: Ids,
     near_scores: Floats,
-    slack: float,
+    slack: np.float32,
     cluster: Ints,
     score: Floats,
 ) -> None:
@@ -293,7 +293,7 @@ def _settle(
 def _settle_crowd(
     chosen: Ints,
     scores: Floats,
-    slack: float,
+    slack: np.float32,
     rows: Floats,
     centroids: Floats,
     bias: Doubles,

@@ -147,7 +147,7 @@ def _split(means: np.ndarray, counts: Ints, empty: Ints) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _move(
-    rows: Floats, before: Ints, after: Ints, scale: float, sums: Ints, first: int, last: int
+    rows: Floats, before: Ints, after: Ints, scale: np.float32, sums: Ints, first: int, last: int
 ) -> None:
     for i in range(rows.shape[0]):
         if before[i] == after[i]:
