@@ -27,8 +27,8 @@ class Metric:
 
     @classmethod
     def plain(cls, longest: float) -> "Metric":
-        """For rows of at most this norm."""
-        return cls(False, int(np.ceil(np.log2(max(longest, 1e-30)))))
+        """For rows of at most this norm. Below 1e-27 the scale would leave fp32."""
+        return cls(False, int(np.ceil(np.log2(max(longest, 1e-27)))))
 
 
 @dataclass
@@ -80,11 +80,12 @@ class Clustering:
     """Centroids (k, D) and, before each of their moves, the objective.
 
     The objective is the mean cosine of a row to its centroid (rising), or for plain k-means the
-    mean squared distance (falling).
+    mean squared distance (falling). `rests`: the last move changed nothing.
     """
 
     centroids: Floats
     objective: tuple[float, ...]
+    rests: bool = False
 
 
 def lloyd(
@@ -99,14 +100,12 @@ def lloyd(
     `start` may hold what earlier iterations have reached: those count. `note` is called after each.
     """
     now = start
-    while len(now.objective) < iterations:
+    while len(now.objective) < iterations and not now.rests:
         totals = sweep(now.centroids)
         centroids = moved(now.centroids, totals, metric)
         rests = np.array_equal(centroids, now.centroids)
-        now = Clustering(centroids, (*now.objective, objective(totals, metric)))
+        now = Clustering(centroids, (*now.objective, objective(totals, metric)), rests)
         note(now)
-        if rests:
-            break
     return now
 
 

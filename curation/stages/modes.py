@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.algorithms.kmeans import assign
+from curation.algorithms.assign import assign
 from curation.algorithms.sampling import Floats, Ints, Words, backfill, draw_by_cluster, priorities
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor
