@@ -25,7 +25,18 @@ from curation.runtime.manifest import (
 )
 from curation.runtime.store import Store, StoreError, open_store, split_uri
 from curation.schema import VERSIONS
-from curation.stages import cluster, dedup, embed, ingest, lineage, modes, report, retrieve, shards
+from curation.stages import (
+    centroids,
+    cluster,
+    dedup,
+    embed,
+    ingest,
+    lineage,
+    modes,
+    report,
+    retrieve,
+    shards,
+)
 from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
@@ -56,7 +67,7 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
     dedup_cfg = dedup.DedupConfig(**{**thresholds, **given, **search, **common})
-    cluster_cfg = cluster.ClusterConfig(**{**r.cluster.model_dump(), **common})
+    cluster_cfg = centroids.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), **search, **common)
     shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)

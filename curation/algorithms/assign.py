@@ -257,7 +257,7 @@ def _offer(
 
 @numba.njit(nogil=True, cache=True)
 def _holds(near: Ids, column: int) -> bool:
-    for slot in range(near.size):
+    for slot in range(near.size):  # noqa: SIM110 (numba knows no generators)
         if near[slot] == column:
             return True
     return False

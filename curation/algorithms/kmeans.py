@@ -113,7 +113,7 @@ class BlockSweep:
 
 
 def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
-    """How many rows there are, and the metric that fits them. Raises ValueError, see `fit_blocks`."""
+    """How many rows there are, and a metric for them. Raises ValueError, see `fit_blocks`."""
     count, longest = 0, 0.0
     for block in blocks():
         rows = _as_rows(block)

@@ -4,6 +4,7 @@ A sweep takes centroids and returns totals. Totals are whole numbers, so that th
 same result in whatever order and grouping the rows were summed.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -125,7 +126,7 @@ def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:
         lost |= norms[:, 0] < 1e-9  # rows that cancel out have no mean direction
         means /= np.maximum(norms, 1e-9)
     means[lost] = centroids[lost]
-    _split(means, totals.counts.copy(), np.flatnonzero(totals.counts == 0))
+    _split(means, totals.counts, np.flatnonzero(totals.counts == 0))
     if metric.spherical:
         means /= np.linalg.norm(means, axis=1, keepdims=True)
     return means.astype(np.float32)
@@ -134,14 +135,17 @@ def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:
 def _split(means: np.ndarray, counts: Ints, empty: Ints) -> None:
     """Puts each empty centroid beside the one with most rows, and moves both apart by 1/512."""
     side = np.where(np.arange(means.shape[1]) % 2, 1 / 1024, -1 / 1024)
-    for one in empty:
-        largest = int(np.argmax(counts))
-        if counts[largest] < 2:
+    crowded = np.flatnonzero(counts > 1) if len(empty) else empty
+    heap = [(-int(counts[one]), int(one)) for one in crowded]  # of equal ones the first
+    heapq.heapify(heap)
+    for one in empty.tolist():
+        if not heap or heap[0][0] > -2:
             return
+        rows, largest = -heap[0][0], heap[0][1]
         means[one] = means[largest] * (1 + side)
         means[largest] *= 1 - side
-        counts[one] = counts[largest] // 2
-        counts[largest] -= counts[one]
+        heapq.heapreplace(heap, (rows // 2 - rows, largest))
+        heapq.heappush(heap, (-(rows // 2), one))
 
 
 @numba.njit(nogil=True, cache=True)
