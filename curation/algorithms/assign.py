@@ -51,12 +51,13 @@ class Assigner:
     def __init__(self, spherical: bool = True) -> None:
         self._spherical = spherical
         self._centroids = np.empty((0, 0), np.float32)
+        self._bias = np.empty(0)
 
     def __call__(self, rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
         """Number (n,) and score (n,) of the nearest centroid of every row."""
         count, bias = len(rows), _bias(centroids, self._spherical)
         task = _Task(rows, centroids, bias, _longest(rows))
-        if self._centroids.shape != centroids.shape:
+        if self._is_new(task):
             width = min(NEAR, len(centroids))
             self._near = np.empty((count, width), np.int32)
             self._rest = np.empty(count, np.float32)
@@ -66,7 +67,7 @@ class Assigner:
             self._search(task, np.arange(count), fast_dtype())
         else:
             self._update(task)
-        self._centroids = centroids
+        self._centroids, self._bias = centroids, bias
         cluster, score = np.empty(count, np.int64), np.empty(count, np.float32)
         near = (self._near, task.scores, np.float32(task.slack(torch.float32)))
         each_tile(
@@ -76,9 +77,15 @@ class Assigner:
         )
         return cluster, score
 
+    def _is_new(self, task: "_Task") -> bool:
+        """Whether no bound holds: at first, or when a repeated centroid has moved off its twin."""
+        if self._centroids.shape != task.centroids.shape:
+            return True
+        return bool(np.any(np.isinf(self._bias) & ~np.isinf(task.bias)))
+
     def _update(self, task: "_Task") -> None:
         """Scores what was near again, and whatever may have come near since."""
-        path = self._paths[-1] + task.moved(self._centroids, self._spherical)
+        path = self._paths[-1] + task.moved(self._centroids, self._bias)
         self._paths = np.concatenate([self._paths, path[None].astype(np.float32)])
         task.scores = np.empty(self._near.shape, np.float32)
         small = task.small
@@ -167,11 +174,10 @@ class _Task:
         """Scores that differ by less may be in the wrong order."""
         return 2 * self.longest * SLACK[dtype] * _longest(self.centroids)
 
-    def moved(self, before: Floats, spherical: bool) -> Floats:
-        """How much the score of any row can have changed for each centroid (k,)."""
-        with np.errstate(invalid="ignore"):
-            shift = np.abs(self.bias - _bias(before, spherical))
-        shift = np.nan_to_num(shift, nan=0.0, posinf=np.inf)  # NaN: a repeated one, then and now
+    def moved(self, before: Floats, bias: Doubles) -> Floats:
+        """How much the score of any row can have risen for each centroid (k,)."""
+        still = np.isinf(self.bias)  # a repeated one: nothing comes near it
+        shift = np.abs(np.where(still, 0, self.bias) - np.where(still, 0, bias))
         moved: Floats = self.longest * np.linalg.norm(self.centroids - before, axis=1) + shift
         return moved
 
