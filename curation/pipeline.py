@@ -41,6 +41,7 @@ from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 RECIPE_FILE = "recipe.yaml"
+SEEDED = 10_000  # clusters: 40 minutes of k-means++ at 384 dimensions on two cores
 FOLDERS = (*STAGES, "status")
 
 
@@ -155,12 +156,19 @@ def warnings(recipe: Recipe) -> list[str]:
     """What is allowed in a recipe, but is likely a mistake."""
     own = copy_thresholds(builtin=True)
     given = recipe.dedup.model_dump()
-    return [
+    found = [
         f"warning: dedup.{name}: {given[name]} is meant for SSCD; the built-in copy descriptor has"
         f" another scale and links unlike images below {own[name]} (leave it out to take that)"
         for name in own
         if recipe.copy_descriptor.weights == "builtin" and (given[name] or 1) < own[name]
     ]
+    k = recipe.cluster.k
+    if recipe.cluster.start == "k-means++" and k > SEEDED:
+        found.append(
+            f"warning: cluster.start: k-means++ chooses {k:,} centroids one after the other, which"
+            f" takes hours above {SEEDED:,}; `random` takes seconds"
+        )
+    return found
 
 
 def ingest_config(recipe: Recipe) -> ingest.IngestConfig:

@@ -8,6 +8,7 @@ A sample that fits this process is swept here on all cores, a larger one by the 
 whole numbers, so that both give the same bytes. All of `cluster/fit` is deleted at the end.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def fit(
         raise StoreError("cluster: no pool image is left after dedup; there is nothing to cluster")
     _draw(cfg, slices, store, executor, events)
     dim = slices[0].load(cfg, store).shape[1]
-    before, here = torch.get_num_threads(), 4 * dim * sum(s.rows for s in slices) <= HERE_BYTES
+    here = 4 * dim * sum(one.rows for one in slices) <= HERE_BYTES
     loaded = [one.load(cfg, store) for one in slices] if here else []
 
     def blocks() -> Iterator[Floats]:
@@ -109,23 +110,32 @@ def fit(
         count = sum(one.rows for one in slices)
         start = Clustering(kmeans.start_rows(blocks, count, cfg.k, rng, cfg.start), ())
         _keep(start, store)
+    if here:
+        sweep: Sweep = kmeans.BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
+    else:
+        sweep = WorkersSweep(cfg, slices, store, executor, events)
 
     def note(now: Clustering) -> None:
         _keep(now, store)
         reached = {"iteration": len(now.objective), "objective": now.objective[-1]}
         events.emit("cluster", "iteration", **reached)
 
-    sweep: Sweep = WorkersSweep(cfg, slices, store, executor, events)
-    if here:
-        sweep = kmeans.BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
-        torch.set_num_threads(os.cpu_count() or 1)
-    try:
+    with _all_cores() if here else contextlib.nullcontext():
         fitted = lloyd(start, sweep, cfg.iterations, METRIC, note)
-    finally:
-        torch.set_num_threads(before)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)
     table = _table(fitted.centroids).replace_schema_metadata({"objective": objective})
     write_table(store, CENTROIDS_TABLE, table)
+
+
+@contextlib.contextmanager
+def _all_cores() -> Iterator[None]:
+    """Maths threads on every core for a while: what is done then must not depend on them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def clear(store: Store) -> None:
