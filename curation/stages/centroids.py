@@ -104,23 +104,22 @@ def fit(
     def blocks() -> Iterator[Floats]:
         return iter(loaded) if here else (one.load(cfg, store) for one in slices)
 
-    start = _reached(store)
-    if start is None:
-        rng = np.random.default_rng(cfg.seed)
-        count = sum(one.rows for one in slices)
-        start = Clustering(kmeans.start_rows(blocks, count, cfg.k, rng, cfg.start), ())
-        _keep(start, store)
+    sweep: Sweep = WorkersSweep(cfg, slices, store, executor, events)
     if here:
-        sweep: Sweep = kmeans.BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
-    else:
-        sweep = WorkersSweep(cfg, slices, store, executor, events)
+        sweep = kmeans.BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
 
     def note(now: Clustering) -> None:
         _keep(now, store)
         reached = {"iteration": len(now.objective), "objective": now.objective[-1]}
         events.emit("cluster", "iteration", **reached)
 
-    with _all_cores() if here else contextlib.nullcontext():
+    with _all_cores():
+        start = _reached(store)
+        if start is None:
+            rng = np.random.default_rng(cfg.seed)
+            count = sum(one.rows for one in slices)
+            start = Clustering(kmeans.start_rows(blocks, count, cfg.k, rng, cfg.start), ())
+            _keep(start, store)
         fitted = lloyd(start, sweep, cfg.iterations, METRIC, note)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)
     table = _table(fitted.centroids).replace_schema_metadata({"objective": objective})

@@ -107,12 +107,13 @@ def test_the_fit_is_that_of_all_kept_vectors(store: FileStore) -> None:
 def test_one_two_and_four_ray_workers_fit_the_same(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = fitted(store)
+    cfg = ClusterConfig("models", 7, 2, 40, "random", 3)
+    here = fitted(store, cfg)
     monkeypatch.setattr(centroids, "HERE_BYTES", 0)
     for workers in (1, 2, 4):
         executor = RayExecutor("local", workers)
         try:
-            assert fitted(store, executor=executor) == here
+            assert fitted(store, cfg, executor) == here
         finally:
             executor.close()
 
