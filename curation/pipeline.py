@@ -25,11 +25,23 @@ from curation.runtime.manifest import (
 )
 from curation.runtime.store import Store, StoreError, open_store, split_uri
 from curation.schema import VERSIONS
-from curation.stages import cluster, dedup, embed, ingest, lineage, modes, report, retrieve, shards
+from curation.stages import (
+    centroids,
+    cluster,
+    dedup,
+    embed,
+    ingest,
+    lineage,
+    modes,
+    report,
+    retrieve,
+    shards,
+)
 from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 RECIPE_FILE = "recipe.yaml"
+SEEDED = 10_000  # clusters: 40 minutes of k-means++ at 384 dimensions on two cores
 FOLDERS = (*STAGES, "status")
 
 
@@ -56,7 +68,7 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
     dedup_cfg = dedup.DedupConfig(**{**thresholds, **given, **search, **common})
-    cluster_cfg = cluster.ClusterConfig(**{**r.cluster.model_dump(), **common})
+    cluster_cfg = centroids.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), **search, **common)
     shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
@@ -144,12 +156,19 @@ def warnings(recipe: Recipe) -> list[str]:
     """What is allowed in a recipe, but is likely a mistake."""
     own = copy_thresholds(builtin=True)
     given = recipe.dedup.model_dump()
-    return [
+    found = [
         f"warning: dedup.{name}: {given[name]} is meant for SSCD; the built-in copy descriptor has"
         f" another scale and links unlike images below {own[name]} (leave it out to take that)"
         for name in own
         if recipe.copy_descriptor.weights == "builtin" and (given[name] or 1) < own[name]
     ]
+    k = recipe.cluster.k
+    if recipe.cluster.start == "k-means++" and k > SEEDED:
+        found.append(
+            f"warning: cluster.start: k-means++ chooses {k:,} centroids one after the other, which"
+            f" takes hours above {SEEDED:,}; `random` takes seconds"
+        )
+    return found
 
 
 def ingest_config(recipe: Recipe) -> ingest.IngestConfig:

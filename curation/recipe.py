@@ -115,11 +115,15 @@ class Dedup(Model):
 
 
 class Cluster(Model):
-    """Spherical k-means of the kept pool, trained on a sample of it."""
+    """Spherical k-means of the kept pool, trained on a sample of it (0: on all of it).
+
+    `start: k-means++` finds small groups that random images miss; take it up to k = 2000.
+    """
 
     k: int = Field(100_000, ge=1)
     iterations: int = Field(20, ge=1, le=1000)
-    sample_per_centroid: int = Field(256, ge=1)
+    sample_per_centroid: int = Field(256, ge=0)
+    start: Literal["random", "k-means++"] = "random"
 
 
 class Search(Model):

@@ -11,7 +11,7 @@ VERSIONS = {
     "ingest": 1,
     "embed": 1,
     "dedup": 1,
-    "cluster": 1,
+    "cluster": 2,
     "retrieve": 1,
     "shards": 1,
     "lineage": 1,

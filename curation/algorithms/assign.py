@@ -43,16 +43,19 @@ class Assigner:
     """Assigns the same rows (n, D) again and again to centroids that move between the calls.
 
     For each row it keeps the `NEAR` best centroids, and a bound that no other exceeded when all
-    were last compared. A call scores the near ones again, and of the others those that have moved
-    so far since that the bound doesn't rule them out: usually few. These are the bounds of Hamerly
+    were last compared. A call scores the near ones again, and of the others those that lie so far
+    from where they were then that the bound doesn't rule them out: usually few. A row for which
+    that has cost as much as comparing all has all compared again. These are the bounds of Hamerly
     (SDM 2010) and of Drake and Hamerly (2012), with one bound a row and the movement of each
-    centroid by itself. Between calls it holds 38 bytes a row, in a call 32 more.
+    centroid by itself. Between calls it holds 42 bytes a row and the centroids of the calls whose
+    bounds are in use, in a call 32 bytes a row more.
     """
 
     def __init__(self, spherical: bool = True) -> None:
         self._spherical = spherical
         self._longest: float | None = None
         self._centroids = np.empty((0, 0), np.float32)
+        self._bias = np.empty(0)
 
     def __call__(self, rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
         """Number (n,) and score (n,) of the nearest centroid of every row."""
@@ -60,18 +63,18 @@ class Assigner:
         if self._longest is None:
             self._longest = _longest(rows)
         task = _Task(rows, centroids, bias, self._longest)
-        if self._centroids.shape != centroids.shape:
+        if self._is_new(task):
             width = min(NEAR, len(centroids))
             self._near = np.empty((count, width), np.int32)
             self._rest = np.empty(count, np.float32)
             self._epoch = np.zeros(count, np.int16)
             self._spent = np.zeros(count, np.float32)
-            self._reference = [centroids]
+            self._calls, self._reference = 0, {0: (centroids, bias)}
             task.scores = np.empty((count, width), np.float32)
             self._search(task, np.arange(count), fast_dtype())
         else:
             self._update(task)
-        self._centroids = centroids
+        self._centroids, self._bias = centroids, bias
         cluster, score = np.empty(count, np.int64), np.empty(count, np.float32)
         near = (self._near, task.scores, np.float32(task.slack(torch.float32)))
         each_tile(
@@ -80,6 +83,12 @@ class Assigner:
             lambda a, b: _settle(a, b, rows, centroids, bias, *near, cluster, score),
         )
         return cluster, score
+
+    def _is_new(self, task: "_Task") -> bool:
+        """Whether no bound holds: at first, or when a repeated centroid has moved off its twin."""
+        if self._centroids.shape != task.centroids.shape:
+            return True
+        return bool(np.any(np.isinf(self._bias) & ~np.isinf(task.bias)))
 
     def _update(self, task: "_Task") -> None:
         """Scores what was near again, and whatever may have come near since."""
@@ -92,9 +101,9 @@ class Assigner:
         )
         room = task.scores.max(axis=1) - self._rest - np.float32(task.slack(fast_dtype()))
         all_again = np.zeros(len(room), bool)
-        for epoch in np.unique(self._epoch):
+        for epoch, reference in self._reference.items():
             mine = np.flatnonzero(self._epoch == epoch)
-            distance = task.moved(self._reference[epoch], self._spherical)
+            distance = task.moved(*reference)
             order = np.argsort(-distance, kind="stable")
             needed = np.searchsorted(-distance[order], -room[mine])
             limits = np.array([int(share * len(order)) for share in SHARES])
@@ -108,9 +117,11 @@ class Assigner:
                     far = np.sort(order[: limits[number]]).astype(np.int32)
                     self._try(task, mine[group == number], far)
         chosen = np.flatnonzero(all_again)
-        self._epoch[chosen] = len(self._reference)
-        self._spent[chosen] = 0
-        self._reference.append(task.centroids)
+        self._calls += 1
+        self._epoch[chosen], self._spent[chosen] = self._calls, 0
+        self._reference[self._calls] = (task.centroids, task.bias)
+        in_use = set(np.unique(self._epoch).tolist())
+        self._reference = {e: kept for e, kept in self._reference.items() if e in in_use}
         self._search(task, chosen, fast_dtype())
 
     def _try(self, task: "_Task", chosen: Ints, far: Ids) -> None:
@@ -175,11 +186,10 @@ class _Task:
         """Scores that differ by less may be in the wrong order."""
         return 2 * self.longest * SLACK[dtype] * _longest(self.centroids)
 
-    def moved(self, before: Floats, spherical: bool) -> Floats:
-        """How much the score of any row can have changed for each centroid (k,)."""
-        with np.errstate(invalid="ignore"):
-            shift = np.abs(self.bias - _bias(before, spherical))
-        shift = np.nan_to_num(shift, nan=0.0, posinf=np.inf)  # NaN: a repeated one, then and now
+    def moved(self, before: Floats, bias: Doubles) -> Floats:
+        """How much the score of any row can have risen for each centroid (k,)."""
+        still = np.isinf(self.bias)  # a repeated one: nothing comes near it
+        shift = np.abs(np.where(still, 0, self.bias) - np.where(still, 0, bias))
         moved: Floats = self.longest * np.linalg.norm(self.centroids - before, axis=1) + shift
         return moved
 
@@ -235,7 +245,7 @@ def _offer(
     chosen: Ints,
     scores: Floats,
     columns: Ids,
-    slack: float,
+    slack: np.float32,
     rows: Floats,
     centroids: Floats,
     bias: Floats,
@@ -265,7 +275,7 @@ def _offer(
 
 @numba.njit(nogil=True, cache=True)
 def _holds(near: Ids, column: int) -> bool:
-    for slot in range(near.size):
+    for slot in range(near.size):  # noqa: SIM110 (numba knows no generators)
         if near[slot] == column:
             return True
     return False
@@ -280,7 +290,7 @@ def _settle(
     bias: Doubles,
     near: Ids,
     near_scores: Floats,
-    slack: float,
+    slack: np.float32,
     cluster: Ints,
     score: Floats,
 ) -> None:
@@ -301,7 +311,7 @@ def _settle(
 def _settle_crowd(
     chosen: Ints,
     scores: Floats,
-    slack: float,
+    slack: np.float32,
     rows: Floats,
     centroids: Floats,
     bias: Doubles,

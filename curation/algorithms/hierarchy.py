@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation.algorithms import kmeans
-from curation.algorithms.kmeans import Floats, Ints
+from curation.algorithms.assign import assign
+from curation.algorithms.products import Floats, Ints
 from curation.algorithms.sampling import draw_by_cluster
 
 ITERATIONS = 20
 RESAMPLINGS = 10
-STARTS = 10
-START_COSINES = 100_000_000  # rows x centroids of all starts: those of a large level cost too much
+SEEDED = 2000  # k-means++ takes its time with more clusters, and a random start finds most of them
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def grow(centroids: Floats, counts: Sequence[int], rng: np.random.Generator) -> 
     for count in counts:
         if count < len(centroids):
             above = fit_flat(centroids, count, rng)
-            levels.append(Level(above, kmeans.assign(centroids, above)[0]))
+            levels.append(Level(above, assign(centroids, above)[0]))
             centroids = above
     return levels
 
@@ -52,7 +52,7 @@ def fit_flat(rows: Floats, k: int, rng: np.random.Generator) -> Floats:
     """
     centroids = _fit(rows, k, rng)
     for _ in range(RESAMPLINGS):
-        cluster, cosine = kmeans.assign(rows, centroids)
+        cluster, cosine = assign(rows, centroids)
         near = nearest_of_each(cluster, cosine, max(1, len(rows) // (2 * k)))
         if len(near) <= k:  # each row would be its own centroid
             break
@@ -61,10 +61,9 @@ def fit_flat(rows: Floats, k: int, rng: np.random.Generator) -> Floats:
 
 
 def _fit(rows: Floats, k: int, rng: np.random.Generator) -> Floats:
-    """The best of several k-means: with few centroids, a random start decides what is found."""
-    starts = min(STARTS, max(1, START_COSINES // (len(rows) * k)))
-    fits = [kmeans.fit(rows, k, ITERATIONS, rng) for _ in range(starts)]
-    return max(fits, key=lambda found: found.objective[-1]).centroids
+    """With few centroids the start decides what is found, and one from random rows misses some."""
+    options = kmeans.Options(start="k-means++" if k <= SEEDED else "random")
+    return kmeans.fit(rows, k, ITERATIONS, rng, options).centroids
 
 
 def nearest_of_each(cluster: Ints, cosine: Floats, per_cluster: int) -> Ints:

@@ -1,80 +1,211 @@
-"""Spherical k-means: Lloyd's iterations over an `assign` seam.
+"""k-means, spherical or plain, over an array or over blocks of rows that need not fit in memory.
 
-Rows are unit-norm fp32 (n, D); centroids are unit-norm too. The objective is the mean cosine of a
-row to its centroid, which no iteration lowers.
+`fit(rows, k, iterations, rng)` and `fit_blocks(blocks, k, iterations, rng)` give the same bytes
+for the same rows, however they are cut and on however many threads: assignments are exact
+(`assign.py`) and sums are whole numbers (`lloyd.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, Literal
 
+import numba
 import numpy as np
-import numpy.typing as npt
-import torch
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
+from curation.algorithms.assign import Assigner
+from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
+from curation.algorithms.products import (
+    Doubles,
+    Floats,
+    Ints,
+    check_finite,
+    each_tile,
+    exact_dot,
+)
+
 Assign = Callable[[Floats, Floats], tuple[Ints, Floats]]
+Blocks = Callable[[], Iterable[Floats]]
+Note = Callable[[Clustering], Any]
 
-BLOCK_ROWS = 4096
+UNIT = 0.02  # how far the square of a unit row may be from 1: fp16 rows are off by 1e-3
+SEEDING_ROWS = 32  # rows a centroid that k-means++ chooses from
+SEEDING_TILE = 4096
 
 
 @dataclass(frozen=True)
-class Clustering:
-    """Centroids (k, D) and the objective after each iteration."""
+class Options:
+    """`spherical`: unit rows and centroids, by cosine; else any rows, means, squared distance.
 
-    centroids: Floats
-    objective: tuple[float, ...]
+    `start`: `random` rows, or `k-means++`, which finds small far groups and ignores copies. It
+    costs 32 k^2 (2 + ln k) distances one centroid after the other: sensible up to k = 2,000 or so.
+    `make_assigner(spherical)` makes what finds the nearest centroids of one block, call after call.
+    """
+
+    spherical: bool = True
+    start: Literal["random", "k-means++"] = "random"
+    make_assigner: Callable[[bool], Assign] = Assigner
 
 
-def assign(rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
-    """The nearest centroid of each row (n,) and its cosine (n,); ties go to the smaller number."""
-    cluster = np.empty(len(rows), np.int64)
-    cosine = np.empty(len(rows), np.float32)
-    right = torch.from_numpy(centroids).T
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        best = torch.max(torch.from_numpy(rows[block]) @ right, dim=1)
-        cosine[block], cluster[block] = best.values.numpy(), best.indices.numpy()
-    return cluster, cosine
+DEFAULT = Options()
 
 
 def fit(
-    rows: Floats, k: int, iterations: int, rng: np.random.Generator, assign_rows: Assign = assign
+    rows: Floats,
+    k: int,
+    iterations: int,
+    rng: np.random.Generator,
+    options: Options = DEFAULT,
+    note: Note = lambda _: None,
 ) -> Clustering:
-    """k centroids of `rows`, started from distinct random rows; fewer rows than k give one each.
+    """Centroids (min(k, n), D) of rows (n, D); see `fit_blocks`."""
+    return fit_blocks(lambda: [rows], k, iterations, rng, options, note)
 
-    Stops early when no row changes its cluster.
+
+def fit_blocks(
+    blocks: Blocks,
+    k: int,
+    iterations: int,
+    rng: np.random.Generator,
+    options: Options = DEFAULT,
+    note: Note = lambda _: None,
+) -> Clustering:
+    """Centroids (min(k, n), D) of all rows of `blocks`: at most `iterations` of Lloyd's.
+
+    Each call of `blocks` gives the same arrays (n_i, D) in the same order: two passes to look and
+    to start, one an iteration. Held meanwhile: 46 bytes a row, the centroids and their sums, and
+    4 k bytes a block and iteration, so that blocks should not be much smaller than k rows. A
+    repeated centroid, as of copies, gets no rows. `note` is called after each iteration.
+    Raises ValueError for no rows, rows that are not finite and, if spherical, not of unit norm
+    (zeros as well: they have no direction).
     """
-    k = min(k, len(rows))
-    centroids = rows[np.sort(rng.choice(len(rows), k, replace=False))].copy()
-    objective: list[float] = []
-    before: Ints | None = None
-    for _ in range(iterations):
-        cluster, cosine = assign_rows(rows, centroids)
-        objective.append(float(cosine.mean(dtype=np.float64)))
-        if before is not None and np.array_equal(cluster, before):
-            break
-        before = cluster
-        centroids = _update(rows, cluster, cosine, k)
-    return Clustering(centroids, tuple(objective))
+    count, metric = look(blocks, options.spherical)
+    start = start_rows(blocks, count, k, rng, options.start)
+    sweep = BlockSweep(blocks, metric, options.make_assigner)
+    return lloyd(Clustering(start, ()), sweep, iterations, metric, note)
 
 
-def _update(rows: Floats, cluster: Ints, cosine: Floats, k: int) -> Floats:
-    """Mean directions in fp64, summed in row order; an empty cluster takes a badly served row."""
-    order = np.argsort(cluster, kind="stable")
-    counts = np.bincount(cluster, minlength=k)
-    filled = np.flatnonzero(counts)
-    starts = np.concatenate([[0], np.cumsum(counts[filled])[:-1]])
-    sums = np.zeros((k, rows.shape[1]))
-    sums[filled] = np.add.reduceat(rows[order].astype(np.float64), starts, axis=0)
-    empty = np.flatnonzero(counts == 0)
-    if len(empty):
-        sums[empty] = rows[np.argsort(cosine, kind="stable")[: len(empty)]]
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    opposite = np.flatnonzero(norms[:, 0] < 1e-12)  # rows that cancel out have no mean direction
-    if len(opposite):
-        first = starts[np.searchsorted(filled, opposite)]
-        sums[opposite] = rows[order[first]]
-        norms[opposite] = 1.0
-    directions: Floats = (sums / norms).astype(np.float32)
-    return directions
+class BlockSweep:
+    """A sweep for `lloyd` over blocks; only rows that change their cluster cost sums."""
+
+    def __init__(
+        self, blocks: Blocks, metric: Metric, make_assigner: Callable[[bool], Assign]
+    ) -> None:
+        self._blocks, self._metric, self._make_assigner = blocks, metric, make_assigner
+        self._assigners: list[Assign] = []
+        self._clusters: list[Ints] = []
+        self._totals: Totals | None = None
+
+    def __call__(self, centroids: Floats) -> Totals:
+        """The totals of all rows, valid until the next call."""
+        totals = self._totals or Totals.empty(*centroids.shape)
+        totals.objective = 0
+        for number, block in enumerate(self._blocks()):
+            rows = _as_rows(block)
+            if number == len(self._assigners):
+                self._assigners.append(self._make_assigner(self._metric.spherical))
+                self._clusters.append(np.full(len(rows), -1))
+            cluster, score = self._assigners[number](rows, centroids)
+            totals.move(rows, self._clusters[number], cluster, self._metric)
+            totals.score(rows, score, self._metric)
+            self._clusters[number] = cluster
+        self._totals = totals
+        return totals
+
+
+def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
+    """How many rows there are, and a metric for them. Raises ValueError, see `fit_blocks`."""
+    count, longest = 0, 0.0
+    for block in blocks():
+        rows = _as_rows(block)
+        check_finite(rows)
+        squares = _squares(rows)
+        off = np.flatnonzero(np.abs(squares - 1) > UNIT)
+        if spherical and len(off):
+            shown = ", ".join(map(str, off[:5]))
+            raise ValueError(
+                f"{len(off)} of {len(rows)} vectors are not of norm 1 (rows {shown}): spherical"
+                " k-means needs unit rows; leave zeros out and normalise the others"
+            )
+        count, longest = count + len(rows), max(longest, squares.max(initial=0.0))
+    if not count:
+        raise ValueError("there are no rows to cluster")
+    return count, Metric() if spherical else Metric.plain(float(np.sqrt(longest)))
+
+
+def start_rows(
+    blocks: Blocks, count: int, k: int, rng: np.random.Generator, how: str = "random"
+) -> Floats:
+    """min(k, count) of the `count` rows of all blocks, to start from: see `Options`."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    k = min(k, count)
+    drawn = k if how == "random" else min(SEEDING_ROWS * k, count)
+    rows = _taken(blocks, np.sort(rng.choice(count, drawn, replace=False)))
+    return rows if how == "random" else rows[_plus_plus(rows, k, rng)]
+
+
+def _as_rows(block: Floats) -> Floats:
+    rows = np.ascontiguousarray(block, np.float32)
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be an array (n, D), got one of shape {rows.shape}")
+    return rows
+
+
+def _taken(blocks: Blocks, positions: Ints) -> Floats:
+    """The rows at rising positions over all blocks."""
+    found, start = [], 0
+    for block in blocks():
+        low, high = np.searchsorted(positions, [start, start + len(block)])
+        found.append(_as_rows(block)[positions[low:high] - start])
+        start += len(block)
+    return np.concatenate(found)
+
+
+def _plus_plus(rows: Floats, k: int, rng: np.random.Generator) -> Ints:
+    """Positions (k,) chosen with a chance that grows with the squared distance to those before.
+
+    Arthur and Vassilvitskii (SODA 2007), each time the best of 2 + ln k draws (section 5 there).
+    Distances are sums of squared differences: those of copies are 0, and they are never drawn.
+    """
+    draws = 2 + int(np.log(k))
+    chosen = np.empty(k, np.int64)
+    nearest = np.full((1, len(rows)), np.inf, np.float32)
+    for number in range(k):
+        reach = np.cumsum(nearest[0], dtype=np.float64)
+        if number == 0:
+            candidates = rng.integers(len(rows), size=1)
+        elif reach[-1] > 0:
+            candidates = np.searchsorted(reach, rng.random(draws) * reach[-1], side="right")
+            candidates = np.minimum(candidates, len(rows) - 1)
+        else:  # every row has been chosen, or a copy of it
+            candidates = rng.integers(len(rows), size=1)
+        closer = np.minimum(_distances(rows, rows[candidates]), nearest)
+        best = int(np.argmin(closer.sum(axis=1, dtype=np.float64)))
+        chosen[number], nearest = candidates[best], closer[best : best + 1]
+    return chosen
+
+
+def _distances(rows: Floats, points: Floats) -> Floats:
+    """Squared distances (m, n) of points (m, D) to rows (n, D)."""
+    found = np.empty((len(points), len(rows)), np.float32)
+    each_tile(len(rows), SEEDING_TILE, lambda a, b: _squared_distances(a, b, rows, points, found))
+    return found
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
+def _squared_distances(start: int, stop: int, rows: Floats, points: Floats, out: Floats) -> None:
+    for i in range(start, stop):
+        for p in range(points.shape[0]):
+            total = np.float32(0.0)
+            for d in range(rows.shape[1]):
+                apart = rows[i, d] - points[p, d]
+                total += apart * apart
+            out[p, i] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def _squares(rows: Floats) -> Doubles:
+    squares = np.empty(rows.shape[0])
+    for i in range(rows.shape[0]):
+        squares[i] = exact_dot(rows[i], rows[i])
+    return squares

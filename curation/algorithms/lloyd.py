@@ -4,6 +4,7 @@ A sweep takes centroids and returns totals. Totals are whole numbers, so that th
 same result in whatever order and grouping the rows were summed.
 """
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,8 +28,8 @@ class Metric:
 
     @classmethod
     def plain(cls, longest: float) -> "Metric":
-        """For rows of at most this norm."""
-        return cls(False, int(np.ceil(np.log2(max(longest, 1e-30)))))
+        """For rows of at most this norm. Below 1e-27 the scale would leave fp32."""
+        return cls(False, int(np.ceil(np.log2(max(longest, 1e-27)))))
 
 
 @dataclass
@@ -80,11 +81,12 @@ class Clustering:
     """Centroids (k, D) and, before each of their moves, the objective.
 
     The objective is the mean cosine of a row to its centroid (rising), or for plain k-means the
-    mean squared distance (falling).
+    mean squared distance (falling). `rests`: the last move changed nothing.
     """
 
     centroids: Floats
     objective: tuple[float, ...]
+    rests: bool = False
 
 
 def lloyd(
@@ -99,14 +101,12 @@ def lloyd(
     `start` may hold what earlier iterations have reached: those count. `note` is called after each.
     """
     now = start
-    while len(now.objective) < iterations:
+    while len(now.objective) < iterations and not now.rests:
         totals = sweep(now.centroids)
         centroids = moved(now.centroids, totals, metric)
         rests = np.array_equal(centroids, now.centroids)
-        now = Clustering(centroids, (*now.objective, objective(totals, metric)))
+        now = Clustering(centroids, (*now.objective, objective(totals, metric)), rests)
         note(now)
-        if rests:
-            break
     return now
 
 
@@ -126,7 +126,7 @@ def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:
         lost |= norms[:, 0] < 1e-9  # rows that cancel out have no mean direction
         means /= np.maximum(norms, 1e-9)
     means[lost] = centroids[lost]
-    _split(means, totals.counts.copy(), np.flatnonzero(totals.counts == 0))
+    _split(means, totals.counts, np.flatnonzero(totals.counts == 0))
     if metric.spherical:
         means /= np.linalg.norm(means, axis=1, keepdims=True)
     return means.astype(np.float32)
@@ -135,19 +135,22 @@ def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:
 def _split(means: np.ndarray, counts: Ints, empty: Ints) -> None:
     """Puts each empty centroid beside the one with most rows, and moves both apart by 1/512."""
     side = np.where(np.arange(means.shape[1]) % 2, 1 / 1024, -1 / 1024)
-    for one in empty:
-        largest = int(np.argmax(counts))
-        if counts[largest] < 2:
+    crowded = np.flatnonzero(counts > 1) if len(empty) else empty
+    heap = [(-int(counts[one]), int(one)) for one in crowded]  # of equal ones the first
+    heapq.heapify(heap)
+    for one in empty.tolist():
+        if not heap or heap[0][0] > -2:
             return
+        rows, largest = -heap[0][0], heap[0][1]
         means[one] = means[largest] * (1 + side)
         means[largest] *= 1 - side
-        counts[one] = counts[largest] // 2
-        counts[largest] -= counts[one]
+        heapq.heapreplace(heap, (rows // 2 - rows, largest))
+        heapq.heappush(heap, (-(rows // 2), one))
 
 
 @numba.njit(nogil=True, cache=True)
 def _move(
-    rows: Floats, before: Ints, after: Ints, scale: float, sums: Ints, first: int, last: int
+    rows: Floats, before: Ints, after: Ints, scale: np.float32, sums: Ints, first: int, last: int
 ) -> None:
     for i in range(rows.shape[0]):
         if before[i] == after[i]:

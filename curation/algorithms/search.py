@@ -1,4 +1,4 @@
-"""Exact search inside cells: every cell is read once and answered for all queries that ask in it."""
+"""Exact search inside cells: each is read once and answered for all queries that ask in it."""
 
 import threading
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _NOTHING = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class Base:
-    """Rows (m, D) in order of their cells, their numbers (m,), and where each cell starts (c+1,)."""
+    """Rows (m, D) in order of cells, their numbers (m,), and where each cell starts (c+1,)."""
 
     rows: Floats
     numbers: Ints

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.algorithms.kmeans import assign
+from curation.algorithms.assign import assign
 from curation.algorithms.sampling import Floats, Ints, Words, backfill, draw_by_cluster, priorities
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor
 from curation.runtime.manifest import fingerprint
 from curation.runtime.store import Store, read_table
 from curation.schema import ASSIGNMENTS
-from curation.stages.cluster import assignments_path, read_centroids
+from curation.stages.centroids import read_centroids
+from curation.stages.cluster import assignments_path
 from curation.stages.neighbours import Join, answers, search
 from curation.stages.tables import Embedded, Part, VectorView, column_numpy, ids_of, read_parts
 

@@ -21,17 +21,23 @@ from workbench import Project
 PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba", "torchvision"]
 
 
-def run_and_die(arguments: list[str], kill_at: int, log: Path, rows: int, counted: Path) -> None:
-    """In the child: `curate` with small slabs, dead at the `kill_at`-th point (never: 0)."""
+def run_and_die(
+    arguments: list[str], kill_at: int, log: Path, limits: tuple[int, int], counted: Path
+) -> None:
+    """In the child: `curate` with small slabs, dead at the `kill_at`-th point (never: 0).
+
+    `limits`: the rows of slabs and slices, and the bytes up to which k-means runs in the driver.
+    """
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     from curation.algorithms.components import Components
     from curation.cli import main
     from curation.runtime.store import FileStore
-    from curation.stages import neighbours
+    from curation.stages import centroids, neighbours
 
-    neighbours.CHUNK_ROWS = neighbours.SLAB_ROWS = rows
+    neighbours.CHUNK_ROWS = neighbours.SLAB_ROWS = centroids.SLICE_ROWS = limits[0]
+    centroids.HERE_BYTES = limits[1]
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time
     points: list[str] = []
@@ -72,7 +78,8 @@ class Mortal:
     """A project whose runs can be killed."""
 
     def __init__(self, work: Project, rows: int = 24) -> None:
-        self.work, self._rows = work, rows
+        self.work, self.rows = work, rows
+        self.here_bytes = 1 << 30
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self.log = work.folder / "log.txt"
@@ -82,7 +89,8 @@ class Mortal:
         """The exit status of `curate run`: -9 when it was killed."""
         arguments = ["run", str(self.work.path), "--ray", "off", *options]
         child = self._context.Process(
-            target=run_and_die, args=(arguments, kill_at, self.log, self._rows, self._counted)
+            target=run_and_die,
+            args=(arguments, kill_at, self.log, (self.rows, self.here_bytes), self._counted),
         )
         child.start()
         child.join(300)

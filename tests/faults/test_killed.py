@@ -113,6 +113,26 @@ def test_killed_in_the_union_find(mortal: Mortal) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("here_bytes", [0, 1 << 30])
+def test_killed_between_and_within_iterations_of_kmeans(mortal: Mortal, here_bytes: int) -> None:
+    """By workers (0), also between their totals, and in the driver: with the same bytes."""
+    mortal.work.recipe["cluster"] = {"k": 5, "iterations": 4, "sample_per_centroid": 5}
+    mortal.rows = 7
+    assert mortal.run() == 0, mortal.log.read_text()
+    whole = final_files(mortal.work.run_folder)
+    mortal.here_bytes = here_bytes
+    shutil.rmtree(mortal.work.run_folder)
+    assert mortal.run() == 0, mortal.log.read_text()
+    assert final_files(mortal.work.run_folder) == whole
+    points = list(enumerate(mortal.points(), 1))
+    kinds = ["published cluster/fit/sample", "written cluster/fit", "published cluster/fit"]
+    kinds += ["deleted cluster/fit"] + ([] if here_bytes else ["published cluster/fit/0001"])
+    for kind in kinds:
+        at = [number for number, point in points if point == kind]
+        assert check_resumed(mortal, at[len(at) // 2], whole) == "cluster", kind
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_every_kind_of_write(mortal: Mortal) -> None:
     """The first and the last point of every kind: before and after a rename, after a delete."""

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curation.algorithms import kmeans
+from curation.algorithms.assign import assign
 from curation.algorithms.hierarchy import (
     Floats,
     Ints,
@@ -132,7 +133,7 @@ def test_draws_from_an_unbalanced_hierarchy_are_far_more_even_than_uniform_ones(
     sizes = np.array([8000, 3000, 900, 300, 1500, 400, 200, 100, 120, 80, 60, 40])
     rows, kind = planted(rng, sizes)
     centroids = kmeans.fit(rows, 60, 20, rng).centroids
-    cluster, _ = kmeans.assign(rows, centroids)
+    cluster, _ = assign(rows, centroids)
     levels = grow(centroids, [12, 3], rng)
     images = sizes_of_levels(np.bincount(cluster, minlength=len(centroids)), levels)
     assert [len(level) for level in images] == [60, 12, 3]
