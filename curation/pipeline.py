@@ -37,6 +37,7 @@ from curation.stages import (
     retrieve,
     shards,
 )
+from curation.stages.neighbour_plan import SearchConfig
 from curation.stages.tables import Embedded
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
@@ -59,17 +60,14 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     """The ordered stages of a recipe. Raises StoreError when weights can't be found."""
     r = recipe
     embed_cfg = embed_config(r)
-    search: dict[str, Any] = {
-        "exact_below": r.search.exact_below,
-        "target_recall": r.search.target_recall,
-    }
+    how = SearchConfig(**r.search.model_dump())
     common: dict[str, Any] = {"embedding": embed_cfg.embedding, "seed": r.seed}
     given = r.dedup.model_dump(exclude_none=True)
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
-    dedup_cfg = dedup.DedupConfig(**{**thresholds, **given, **search, **common})
+    dedup_cfg = dedup.DedupConfig(search=how, **{**thresholds, **given, **common})
     cluster_cfg = centroids.ClusterConfig(**{**r.cluster.model_dump(), **common})
-    retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), **search, **common)
+    retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), search=how, **common)
     shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
     report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed)

@@ -127,10 +127,16 @@ class Cluster(Model):
 
 
 class Search(Model):
-    """How neighbours are found. Up to `exact_below` base images every pair is compared."""
+    """How neighbours are found. Up to `exact_below` base images every pair is compared.
 
-    exact_below: int = Field(200_000, ge=0)
+    Above: exactly within the cells where they are likely (`cells`), or by faiss's IVF-PQ with exact
+    re-scoring, as DINOv2 did it (`ivfpq`). Copies of queries on their way take `spill_bytes`.
+    """
+
+    method: Literal["cells", "ivfpq"] = "cells"
+    exact_below: int = Field(50_000, ge=0)
     target_recall: float = Field(0.99, gt=0, le=1)
+    spill_bytes: int = Field(200_000_000_000, ge=1)
 
 
 class Shards(Model):

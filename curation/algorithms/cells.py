@@ -51,9 +51,7 @@ class Cells:
             share = max(1, round(count * len(mine) / len(sample)))
             if len(mine):
                 seeded = np.random.default_rng(seeds[number])
-                parts[number] = _split(
-                    sample[mine], _centroids(sample[mine], share, seeded), seeded
-                )
+                parts[number] = _split(sample[mine], share, seeded)
 
         each(len(groups), part)
         cells = cls._of(np.concatenate(parts), groups, 4)
@@ -110,11 +108,16 @@ class Cells:
         return self.nearest(rows, 1).number[:, 0]
 
 
-def _split(rows: Floats, centroids: Floats, rng: np.random.Generator) -> Floats:
-    """Cuts cells that hold far more than their share: large cells are asked by most queries."""
+def _split(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """About `count` centroids of rows (n, D), those cut again that hold far more than their share.
+
+    Most queries ask in large cells: even ones are read less.
+    """
+    centroids = _centroids(rows, count, rng)
     for _ in range(SPLITS):
         cell, _ = Assigner()(rows, centroids)
-        pieces = np.rint(np.bincount(cell, minlength=len(centroids)) / SAMPLE_PER_CELL).astype(int)
+        share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
+        pieces = np.rint(share).astype(int)
         cut = [_centroids(rows[cell == c], pieces[c], rng) for c in np.flatnonzero(pieces > 1)]
         centroids = np.concatenate([centroids[pieces <= 1], *cut])
     return centroids

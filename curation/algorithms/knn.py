@@ -127,9 +127,14 @@ def cell_count(base_rows: int) -> int:
     return max(1, base_rows // ROWS_PER_CELL)
 
 
+def fit_rows(base_rows: int) -> int:
+    """How many rows of a base its cells are fitted on."""
+    return min(base_rows, SAMPLE_PER_CELL * max(FEW_CELLS, cell_count(base_rows)))
+
+
 def fit_cells(base: Floats, count: int, rng: np.random.Generator) -> Cells:
     """Cells of a sample of base rows (m, D)."""
-    wanted = min(len(base), SAMPLE_PER_CELL * count)
+    wanted = min(len(base), fit_rows(count * ROWS_PER_CELL))
     chosen = np.sort(rng.choice(len(base), wanted, replace=False))
     return Cells.fit(base[chosen], count, rng)
 

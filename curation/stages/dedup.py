@@ -30,7 +30,8 @@ from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, read_table, write_table
 from curation.schema import DECISIONS
-from curation.stages.neighbours import Join, answers, search
+from curation.stages.neighbour_plan import Join, SearchConfig
+from curation.stages.neighbours import answers, search
 from curation.stages.tables import (
     EXACT_TABLE,
     Embedded,
@@ -56,8 +57,7 @@ class DedupConfig:
     min_cosine: float
     holdout_min_cosine: float
     max_component: int
-    exact_below: int
-    target_recall: float
+    search: SearchConfig
     seed: int
 
 
@@ -107,8 +107,7 @@ def _join(cfg: DedupConfig, name: str, view: VectorView, k: int, min_cosine: flo
         k=k,
         min_cosine=min_cosine,
         itself=name == "self",
-        exact_below=cfg.exact_below,
-        target_recall=cfg.target_recall,
+        how=cfg.search,
         seed=cfg.seed,
     )
 

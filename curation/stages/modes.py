@@ -19,7 +19,8 @@ from curation.runtime.store import Store, read_table
 from curation.schema import ASSIGNMENTS
 from curation.stages.centroids import read_centroids
 from curation.stages.cluster import assignments_path
-from curation.stages.neighbours import Join, answers, search
+from curation.stages.neighbour_plan import Join, SearchConfig
+from curation.stages.neighbours import answers, search
 from curation.stages.tables import Embedded, Part, VectorView, column_numpy, ids_of, read_parts
 
 
@@ -65,8 +66,7 @@ class RetrieveConfig:
 
     embedding: str
     sets: tuple[SetConfig, ...]
-    exact_below: int
-    target_recall: float
+    search: SearchConfig
     seed: int
 
 
@@ -123,8 +123,7 @@ def sample(task: Task, one: SampleConfig, executor: Executor, events: Events) ->
             k=depth,
             min_cosine=-2.0,
             itself=False,
-            exact_below=cfg.exact_below,
-            target_recall=cfg.target_recall,
+            how=cfg.search,
             seed=cfg.seed,
         )
         facts = search(join, task.parts, pool, store, executor, events)

@@ -1,61 +1,83 @@
 """The search that dedup and retrieve share: for every query the nearest images of a base table.
 
-Small bases are compared exactly. Larger ones are cut in slabs; each slab is indexed in one worker's
-memory and answers all queries, then the slabs' answers are merged. Memory a worker: one slab.
+Small bases are compared whole. For larger ones the base is put in cells and the cells in buckets;
+queries are sent to the buckets whose cells they ask in (algorithms/knn.py), each bucket is read
+once by one worker and answers all of them, and the answers go back to the queries' chunks:
+
+    chunks of the base  ─► partition ─► buckets ─► answer ─► chunks of queries ─► merge
+    chunks of queries   ─► route ──────────┘
+
+Every step publishes a file an item, so that a killed search goes on where it was. Queries are sent
+in waves, so that their copies never take more than `spill_bytes`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from curation.algorithms.knn import NONE, Floats, Ints, Neighbours, SlabIndex, exact_block, recall
+from curation.algorithms import knn
+from curation.algorithms.cells import Cells
+from curation.algorithms.products import Floats, Ints
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all
-from curation.runtime.store import Store, StoreError, open_store, read_table, write_table
-from curation.schema import NEIGHBOURS
-from curation.stages.tables import Part, VectorView
+from curation.runtime.executor import Executor, Item, MakeWorker, Work, map_parts, require_all
+from curation.runtime.store import Store, StoreError, read_table
+from curation.stages.neighbour_plan import (
+    Group,
+    Join,
+    Layout,
+    Plan,
+    load_arrays,
+    save_arrays,
+)
+from curation.stages.neighbour_workers import (
+    AnswerWorker,
+    ExactWorker,
+    MergeWorker,
+    PartitionWorker,
+    RouteWorker,
+    SlabWorker,
+    as_neighbours,
+    best_of,
+    load,
+    load_distinct,
+    rows_of,
+)
+from curation.stages.tables import Part, column_numpy
 
-CHUNK_ROWS = 16_384  # queries answered together
-SLAB_ROWS = 250_000  # base rows indexed together: 0.5 GB at 512 dimensions
-TUNE_ROWS = 256
-RECALL_ROWS = 1000
+EXACT_ROWS = 16_384  # queries compared with a whole base together
+CHUNK_ROWS = 65_536  # rows that are partitioned or routed together
+BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
+SLAB_ROWS = 1_000_000  # base rows of one IVF-PQ index: 2 GB at 512 dimensions
+FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 4 GB at 512 dimensions
+MOST_CELLS = 1 << 18
+SAMPLE_QUERIES = 1000
+TEMPORARY = ("base", "truth", "queries", "pairs", "setup")
+
+
+Path = Callable[[int], str]
 
 
 @dataclass(frozen=True)
-class Join:
-    """One search. Answers go to `folder`, a file a chunk of queries.
+class Crew:
+    """Where a search runs."""
 
-    `itself`: the queries are in the base too and must not find themselves.
-    """
+    store: Store
+    executor: Executor
+    events: Events
 
-    stage: str
-    folder: str
-    queries: VectorView
-    base: VectorView
-    k: int
-    min_cosine: float
-    itself: bool
-    exact_below: int
-    target_recall: float
-    seed: int
-
-
-def chunks(parts: Sequence[Part], rows: int) -> list[tuple[Part, ...]]:
-    """Consecutive parts in groups of about `rows` images."""
-    groups: list[list[Part]] = []
-    filled = rows
-    for part in parts:
-        if filled + part.rows > rows:
-            groups.append([])
-            filled = 0
-        groups[-1].append(part)
-        filled += part.rows
-    return [tuple(group) for group in groups]
+    def work(
+        self, stage: str, path: Path, items: Sequence[tuple[int, int]], make: MakeWorker
+    ) -> None:
+        """Runs the items (number, images) of one step whose file is not there yet."""
+        have = {entry.path for entry in self.store.list(path(0).rpartition("/")[0])}
+        todo = [Item(path(number), images, number) for number, images in items]
+        work = Work(stage, todo, lambda item: item.name in have, make)
+        require_all(map_parts(work, self.executor, self.events), stage)
 
 
 def search(
@@ -71,236 +93,194 @@ def search(
     Errors: StoreError when a part of the work failed, or the target recall was not reached.
     """
     summary_path = f"{join.folder}/search.json"
+    crew = Crew(store, executor, events)
     if not store.exists(summary_path):
-        summary = _search(join, query_parts, base_parts, store, executor, events)
-        store.write(summary_path, json.dumps(summary).encode())
-    for name in ("slab", "sample"):  # only now: a search that was killed needs them to go on
-        for entry in list(store.list(f"{join.folder}/{name}")):
-            store.delete(entry.path)
+        if sum(part.rows for part in base_parts) <= join.how.exact_below:
+            facts = _compare_all(join, query_parts, base_parts, crew)
+        else:
+            facts = _search(join, query_parts, base_parts, crew)
+        store.write(summary_path, json.dumps(facts).encode())
+    for name in TEMPORARY:  # only now: a search that was killed needs them to go on
+        _delete(store, f"{join.folder}/{name}")
     answered: dict[str, Any] = json.loads(store.read(summary_path))
     return answered
 
 
-def _search(
-    join: Join,
-    query_parts: Sequence[Part],
-    base_parts: Sequence[Part],
-    store: Store,
-    executor: Executor,
-    events: Events,
-) -> dict[str, Any]:
-    query_chunks = chunks(query_parts, CHUNK_ROWS)
-    slabs = chunks(base_parts, SLAB_ROWS)
-    if sum(part.rows for part in base_parts) <= join.exact_below:
-        have = _have(store, join.folder)
-        items = [_item(join, "answers", i, group) for i, group in enumerate(query_chunks)]
-        worker = partial(ExactWorker, join, store.uri, tuple(base_parts))
-        result = map_parts(
-            Work(join.stage, items, lambda i: _path(join, *i.payload[:2]) in have, worker),
-            executor,
-            events,
-        )
-        require_all(result, join.stage)
-        return {"method": "exact", "recall": 1.0}
-    return _search_slabs(join, query_chunks, slabs, store, executor, events)
-
-
 def answers(join: Join, store: Store) -> Iterator[pa.Table]:
     """The answers, a table a chunk, in order of the queries."""
-    for entry in sorted(store.list(f"{join.folder}/answers"), key=lambda entry: entry.path):
-        yield read_table(store, entry.path)
+    for path in _answer_paths(join, store):
+        yield read_table(store, path)
 
 
-def _search_slabs(
-    join: Join,
-    query_chunks: list[tuple[Part, ...]],
-    slabs: list[tuple[Part, ...]],
-    store: Store,
-    executor: Executor,
-    events: Events,
+def _delete(store: Store, folder: str) -> None:
+    for entry in list(store.list(folder)):
+        store.delete(entry.path)
+
+
+def _answer_paths(join: Join, store: Store) -> list[str]:
+    return sorted(entry.path for entry in store.list(f"{join.folder}/answers"))
+
+
+def chunks(parts: Sequence[Part], rows: int) -> tuple[Group, ...]:
+    """Consecutive parts in groups of about `rows` images."""
+    groups: list[list[Part]] = []
+    filled = rows
+    for part in parts:
+        if filled + part.rows > rows:
+            groups.append([])
+            filled = 0
+        groups[-1].append(part)
+        filled += part.rows
+    return tuple(tuple(group) for group in groups)
+
+
+def _sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
+    return [(number, sum(part.rows for part in group)) for number, group in enumerate(groups)]
+
+
+def _compare_all(
+    join: Join, query_parts: Sequence[Part], base_parts: Sequence[Part], crew: Crew
 ) -> dict[str, Any]:
-    have = _have(store, join.folder)
-    merged = [_item(join, "answers", i, group) for i, group in enumerate(query_chunks)]
-    open_chunks = [i for i in merged if _path(join, *i.payload[:2]) not in have]
-    items = [_item(join, "slab", i, slab) for i, slab in enumerate(slabs)]
-    result = map_parts(
-        Work(
-            join.stage,
-            items,
-            lambda i: not open_chunks or _slab_paths(join, i.payload[1], len(query_chunks)) <= have,
-            partial(SlabWorker, join, store.uri, tuple(query_chunks)),
-        ),
-        executor,
-        events,
-    )
-    require_all(result, join.stage)
-    merge = partial(MergeWorker, join, store.uri, len(slabs))
-    finished = map_parts(
-        Work(join.stage, merged, lambda i: _path(join, *i.payload[:2]) in have, merge),
-        executor,
-        events,
-    )
-    require_all(finished, join.stage)
-    measured = recall(*_sampled(join, store))
-    if measured < join.target_recall:
+    layout = Layout(chunks(query_parts, EXACT_ROWS), chunks(base_parts, CHUNK_ROWS))
+    worker = partial(ExactWorker, join, crew.store.uri, layout)
+    crew.work(join.stage, partial(join.path, "answers"), _sizes(layout.queries), worker)
+    return {"method": "exact", "recall": 1.0}
+
+
+def _search(
+    join: Join, query_parts: Sequence[Part], base_parts: Sequence[Part], crew: Crew
+) -> dict[str, Any]:
+    rows = SLAB_ROWS if join.how.method == "ivfpq" else CHUNK_ROWS
+    layout = Layout(chunks(query_parts, CHUNK_ROWS), chunks(base_parts, rows))
+    store, uri = crew.store, crew.store.uri
+    if not store.exists(join.setup("sample")):
+        _draw_sample(join, layout, store)
+    facts: dict[str, Any] = {"method": join.how.method}
+    if join.how.method == "ivfpq":
+        slab = partial(SlabWorker, join, uri, layout)
+        crew.work(join.stage, partial(join.path, "pairs", 1), _sizes(layout.base), slab)
+    else:
+        facts |= _by_cells(join, layout, crew)
+    found = sorted(entry.path for entry in store.list(f"{join.folder}/pairs"))
+    merge = partial(MergeWorker, join, uri, found)
+    crew.work(join.stage, partial(join.path, "answers"), _sizes(layout.queries), merge)
+    facts["recall"] = _recall(join, store)
+    if facts["recall"] < join.how.target_recall:
         raise StoreError(
-            f"{join.stage}: the search reached recall {measured:.4f} on a sample, below"
-            f" search.target_recall = {join.target_recall}; lower it or raise search.exact_below"
+            f"{join.stage}: the search reached recall {facts['recall']:.4f} on a sample, below"
+            f" search.target_recall = {join.how.target_recall}; lower that or raise"
+            " search.exact_below"
         )
-    return {"method": "ivf", "slabs": len(slabs), "recall": measured}
+    return facts
 
 
-def _item(join: Join, kind: str, number: int, parts: tuple[Part, ...]) -> Item:
-    images = sum(part.rows for part in parts)
-    return Item(f"{join.folder}/{kind}/{number}", images, (kind, number, parts))
+def _draw_sample(join: Join, layout: Layout, store: Store) -> None:
+    """Queries whose true neighbours will be found, and base rows that cells are fitted on.
+
+    Both are evenly spaced over chunks and rows.
+    """
+    step = max(1, len(layout.queries) // 16)
+    picked = [load_distinct(join, store, chunk)[0] for chunk in layout.queries[::step]]
+    numbers = np.concatenate([one.numbers for one in picked])
+    rows = np.concatenate([one.rows for one in picked])
+    chosen = np.linspace(0, len(rows) - 1, min(SAMPLE_QUERIES, len(rows))).astype(int)
+    order = chosen[np.argsort(numbers[chosen])]
+    total = sum(part.rows for group in layout.base for part in group)
+    wanted = min(FIT_ROWS, knn.fit_rows(total))
+    fit = []
+    for group in layout.base:
+        base = load(join.base, store, group).rows
+        share = round(wanted * sum(part.rows for part in group) / max(1, total))
+        fit.append(base[np.linspace(0, len(base) - 1, min(share, len(base))).astype(int)])
+    arrays = {"numbers": numbers[order], "rows": rows[order], "fit": np.concatenate(fit)}
+    save_arrays(store, join.setup("sample"), **arrays)
 
 
-def _path(join: Join, kind: str, number: int) -> str:
-    return f"{join.folder}/{kind}/{number:06d}.parquet"
+def _by_cells(join: Join, layout: Layout, crew: Crew) -> dict[str, Any]:
+    """Puts base and queries in buckets, and answers in each what is asked there."""
+    store, uri = crew.store, crew.store.uri
+    if not store.exists(join.setup("plan")):
+        _fit_cells(join, layout, store)
+    partition = partial(PartitionWorker, join, uri, layout)
+    crew.work(join.stage, partial(join.path, "base"), _sizes(layout.base), partition)
+    if not store.exists(join.setup("route")):
+        _choose_way(join, store)
+    plan = Plan.load(store, join.setup("route"))
+    waves = _waves(join, layout, plan, store)
+    for wave in waves:
+        to = partial(join.path, "pairs", 1 + wave[0])
+        have = {entry.path for entry in store.list(f"{join.folder}/pairs")}
+        if {to(bucket) for bucket in range(plan.buckets)} <= have:
+            continue
+        sizes = [size for size in _sizes(layout.queries) if size[0] in wave]
+        route = partial(RouteWorker, join, uri, layout)
+        crew.work(join.stage, partial(join.path, "queries"), sizes, route)
+        share = sum(images for _, images in sizes) // plan.buckets
+        answer = partial(AnswerWorker, join, uri, layout, wave)
+        crew.work(join.stage, to, [(bucket, share) for bucket in range(plan.buckets)], answer)
+        _delete(store, f"{join.folder}/queries")
+    facts = {"cells": len(plan.cells), "nprobe": plan.nprobe, "buckets": plan.buckets}
+    return facts | {"waves": len(waves)}
 
 
-def _slab_paths(join: Join, slab: int, query_chunks: int) -> set[str]:
-    """A slab's answers to every chunk of queries; its sample is written before them."""
-    folder = f"{join.folder}/slab/{slab:06d}"
-    return {f"{folder}/{number:06d}.parquet" for number in range(query_chunks)}
+def _fit_cells(join: Join, layout: Layout, store: Store) -> None:
+    """Cells, and buckets of consecutive ones that hold about BUCKET_ROWS each."""
+    fit = load_arrays(store, join.setup("sample"))["fit"]
+    total = sum(part.rows for group in layout.base for part in group)
+    count = min(MOST_CELLS, knn.cell_count(total))
+    cells = Cells.fit(fit, count, np.random.default_rng(join.seed))
+    sizes = np.bincount(cells.assign(fit), minlength=len(cells)) * (total / max(1, len(fit)))
+    bucket = (np.cumsum(sizes) - sizes) // BUCKET_ROWS
+    edges = np.flatnonzero(np.r_[True, bucket[1:] != bucket[:-1]])
+    Plan(cells, np.r_[edges, len(cells)]).save(store, join.setup("plan"))
 
 
-def _have(store: Store, folder: str) -> set[str]:
-    return {entry.path for entry in store.list(folder)}
+def _choose_way(join: Join, store: Store) -> None:
+    """In how many cells a query asks, by the sample's true neighbours."""
+    plan = Plan.load(store, join.setup("plan"))
+    table = best_of(_truth(join, store), join.k)
+    pairs = knn.Pairs(column_numpy(table, "query"), column_numpy(table, "cell"), rows_of(table))
+    sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
+    try:
+        cells, nprobe = knn.choose_nprobe(plan.cells, sample, pairs, join.what)
+    except knn.RecallError as error:
+        raise StoreError(
+            f"{join.stage}: {error}; lower search.target_recall or raise search.exact_below"
+        ) from None
+    replace(plan, cells=cells, nprobe=nprobe).save(store, join.setup("route"))
 
 
-def _load(view: VectorView, store: Store, parts: Sequence[Part]) -> tuple[Ints, Floats]:
-    loaded = [view.load(store, part) for part in parts]
-    return np.concatenate([n for n, _ in loaded]), np.concatenate([v for _, v in loaded])
+def _truth(join: Join, store: Store) -> pa.Table:
+    """The sample's neighbours in every chunk of the base; `query` is a position in the sample."""
+    paths = sorted(entry.path for entry in store.list(f"{join.folder}/truth"))
+    return pa.concat_tables([read_table(store, path) for path in paths])
 
 
-def _nearest(join: Join, found: Neighbours, numbers: Ints, k: int) -> Neighbours:
-    """Drops the query itself, found among its own neighbours."""
-    if join.itself:
-        mine = found.number == numbers[:, None]
-        found.cosine[mine], found.number[mine] = -np.inf, NONE
-        found = found.merge(Neighbours.empty(len(numbers), 0))
-    return Neighbours(found.cosine[:, :k], found.number[:, :k])
+def _waves(join: Join, layout: Layout, plan: Plan, store: Store) -> list[list[int]]:
+    """The chunks of queries that are sent at once, by how many copies the sample would need."""
+    sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
+    bucket = np.sort(plan.bucket_of(plan.cells.nearest(sample, plan.nprobe).number), axis=1)
+    copies = 1 + float((bucket[:, 1:] != bucket[:, :-1]).sum(axis=1).mean())
+    row_bytes = 2 * sample.shape[1] + 8 + 4 * plan.nprobe / copies
+    most = join.how.spill_bytes / (copies * row_bytes)
+    waves: list[list[int]] = []
+    filled = 0
+    for number, images in _sizes(layout.queries):
+        if not waves or filled + images > most:
+            waves.append([])
+            filled = 0
+        waves[-1].append(number)
+        filled += images
+    return waves
 
 
-def _write(join: Join, store: Store, path: str, numbers: Ints, found: Neighbours) -> int:
-    """Publishes neighbours above the threshold as (query, image, cosine) rows."""
-    row, column = np.nonzero((found.number != NONE) & (found.cosine > join.min_cosine))
-    arrays = [numbers[row], found.number[row, column], found.cosine[row, column]]
-    write_table(store, path, pa.Table.from_arrays([pa.array(a) for a in arrays], schema=NEIGHBOURS))
-    return len(row)
-
-
-class ExactWorker:
-    """Compares a chunk of queries with the whole base, a part at a time."""
-
-    def __init__(self, join: Join, run_uri: str, base_parts: tuple[Part, ...]) -> None:
-        self._join, self._store, self._base = join, open_store(run_uri), base_parts
-
-    def __call__(self, item: tuple[str, int, tuple[Part, ...]]) -> Counts:
-        join, (kind, number, parts) = self._join, item
-        numbers, queries = _load(join.queries, self._store, parts)
-        k = join.k + join.itself
-        found = Neighbours.empty(len(queries), k)
-        for part in self._base:
-            base_numbers, base = join.base.load(self._store, part)
-            found = found.merge(exact_block(queries, base, base_numbers, k))
-        found = _nearest(join, found, numbers, join.k)
-        return {"pairs": _write(join, self._store, _path(join, kind, number), numbers, found)}
-
-
-class SlabWorker:
-    """Indexes one slab and answers all queries from it, plus a sample of them exactly."""
-
-    def __init__(
-        self, join: Join, run_uri: str, query_chunks: tuple[tuple[Part, ...], ...]
-    ) -> None:
-        self._join, self._store, self._chunks = join, open_store(run_uri), query_chunks
-
-    def __call__(self, item: tuple[str, int, tuple[Part, ...]]) -> Counts:
-        import faiss
-
-        faiss.omp_set_num_threads(1)
-        join, (_, slab, parts) = self._join, item
-        numbers, base = _load(join.base, self._store, parts)
-        if not len(base):
-            return {}
-        index = SlabIndex(base, numbers, join.seed + slab)
-        k = join.k + join.itself
-        sample_numbers, sample = self._sample()
-        # Aim above the target: the sample that tunes is small, the one that judges is not.
-        aim = 1 - (1 - join.target_recall) / 2
-        nprobe = index.tune(sample[:: max(1, len(sample) // TUNE_ROWS)], k, aim)
-        truth = _nearest(join, exact_block(sample, base, numbers, k), sample_numbers, join.k)
-        _write(join, self._store, _path(join, "sample", slab), sample_numbers, truth)
-        have = _have(self._store, f"{join.folder}/slab")
-        for number, chunk in enumerate(self._chunks):
-            path = f"{join.folder}/slab/{slab:06d}/{number:06d}.parquet"
-            if path not in have:
-                query_numbers, queries = _load(join.queries, self._store, chunk)
-                found = _nearest(join, index.search(queries, k), query_numbers, join.k)
-                _write(join, self._store, path, query_numbers, found)
-        return {"nprobe": nprobe}
-
-    def _sample(self) -> tuple[Ints, Floats]:
-        """The same queries for every slab: evenly spaced over chunks and rows."""
-        step = max(1, len(self._chunks) // 16)
-        picked = [_load(self._join.queries, self._store, chunk) for chunk in self._chunks[::step]]
-        numbers = np.concatenate([n for n, _ in picked])
-        rows = np.concatenate([v for _, v in picked])
-        stride = max(1, len(rows) // RECALL_ROWS)
-        return numbers[::stride], rows[::stride]
-
-
-class MergeWorker:
-    """Merges the slabs' answers for one chunk of queries."""
-
-    def __init__(self, join: Join, run_uri: str, slabs: int) -> None:
-        self._join, self._store, self._slabs = join, open_store(run_uri), slabs
-
-    def __call__(self, item: tuple[str, int, tuple[Part, ...]]) -> Counts:
-        _, number, _ = item
-        tables = [
-            read_table(self._store, path)
-            for path in (
-                f"{self._join.folder}/slab/{slab:06d}/{number:06d}.parquet"
-                for slab in range(self._slabs)
-            )
-            if self._store.exists(path)
-        ]
-        best = _best(pa.concat_tables([NEIGHBOURS.empty_table(), *tables]), self._join.k)
-        write_table(self._store, _path(self._join, "answers", number), best)
-        return {"pairs": len(best)}
-
-
-def _best(table: pa.Table, k: int) -> pa.Table:
-    """The k best rows of each query, by falling cosine."""
-    query, image = (table[name].to_numpy() for name in ("query", "image"))
-    order = np.lexsort((image, -table["cosine"].to_numpy(), query))
-    query = query[order]
-    rank = np.arange(len(query)) - np.searchsorted(query, query)
-    return table.take(pa.array(order[rank < k]))
-
-
-def _sampled(join: Join, store: Store) -> tuple[Neighbours, Neighbours]:
-    """The sample's neighbours as they were found, and the true ones, as matrices."""
-    paths = sorted(entry.path for entry in store.list(f"{join.folder}/sample"))
-    tables = [NEIGHBOURS.empty_table(), *(read_table(store, path) for path in paths)]
-    truth = _best(pa.concat_tables(tables), join.k)
-    wanted = np.unique(truth["query"].to_numpy())
-    picked = [NEIGHBOURS.empty_table()]
-    for table in answers(join, store):
-        picked.append(table.filter(pa.array(np.isin(table["query"].to_numpy(), wanted))))
-    return _matrix(pa.concat_tables(picked), wanted, join.k), _matrix(truth, wanted, join.k)
-
-
-def _matrix(table: pa.Table, queries: Ints, k: int) -> Neighbours:
-    found = Neighbours.empty(len(queries), k)
-    row = np.searchsorted(queries, table["query"].to_numpy())
-    order = np.argsort(row, kind="stable")
-    row = row[order]
-    starts = np.searchsorted(row, row)
-    column = np.arange(len(row)) - starts
-    found.cosine[row, column] = table["cosine"].to_numpy()[order]
-    found.number[row, column] = table["image"].to_numpy()[order]
-    return found
+def _recall(join: Join, store: Store) -> float:
+    """Of the sample's true neighbours, the share that stands in the answers."""
+    numbers: Ints = load_arrays(store, join.setup("sample"))["numbers"]
+    truth = _truth(join, store).select(["query", "image", "cosine"])
+    true = as_neighbours(truth, np.arange(len(numbers)), join.k)
+    found = pa.concat_tables(
+        table.filter(pa.array(np.isin(table["query"].to_numpy(), numbers)))
+        for table in answers(join, store)
+    )
+    return knn.recall(as_neighbours(found, numbers, join.k), true)

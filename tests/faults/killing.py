@@ -36,7 +36,7 @@ def run_and_die(
     from curation.runtime.store import FileStore
     from curation.stages import centroids, neighbours
 
-    neighbours.CHUNK_ROWS = neighbours.SLAB_ROWS = centroids.SLICE_ROWS = limits[0]
+    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = centroids.SLICE_ROWS = limits[0]
     centroids.HERE_BYTES = limits[1]
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time

@@ -1,0 +1,120 @@
+"""What the steps of a neighbour search share: what is asked, in which chunks, by which cells."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from curation.algorithms import knn
+from curation.algorithms.cells import Cells
+from curation.algorithms.products import Ints
+from curation.algorithms.search import Base
+from curation.runtime.store import Store
+from curation.stages.tables import Part, VectorView
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How neighbours are searched; see `recipe.Search`."""
+
+    method: str
+    exact_below: int
+    target_recall: float
+    spill_bytes: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """One search. Its answers go to `folder`, a file a chunk of queries.
+
+    `itself`: the queries are the base, and no image finds itself.
+    """
+
+    stage: str
+    folder: str
+    queries: VectorView
+    base: VectorView
+    k: int
+    min_cosine: float
+    itself: bool
+    how: SearchConfig
+    seed: int
+
+    @property
+    def what(self) -> knn.Search:
+        return knn.Search(self.k, self.min_cosine, self.itself, self.how.target_recall, self.seed)
+
+    def path(self, kind: str, *numbers: int) -> str:
+        """The file of one item of a step."""
+        return f"{self.folder}/{kind}/{'-'.join(f'{number:06d}' for number in numbers)}.parquet"
+
+    def setup(self, name: str) -> str:
+        """A file that all workers of the search read."""
+        return f"{self.folder}/setup/{name}.npz"
+
+
+Group = tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a search in chunks: of its queries, and of its base."""
+
+    queries: tuple[Group, ...]
+    base: tuple[Group, ...]
+
+    def chunk_of(self, numbers: Ints) -> Ints:
+        """In which chunk of queries each image number lies (n,)."""
+        firsts = np.array([chunk[0].base for chunk in self.queries])
+        order = np.argsort(firsts)
+        chunks: Ints = order[np.searchsorted(firsts[order], numbers, side="right") - 1]
+        return chunks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells, the first cell of each bucket (b + 1,), and how many cells a query asks in."""
+
+    cells: Cells
+    edges: Ints
+    nprobe: int = 0
+
+    def bucket_of(self, cell: Ints) -> Ints:
+        buckets: Ints = np.searchsorted(self.edges, cell, side="right") - 1
+        return buckets
+
+    @property
+    def buckets(self) -> int:
+        return len(self.edges) - 1
+
+    def save(self, store: Store, path: str) -> None:
+        base = self.cells.base
+        save_arrays(
+            store,
+            path,
+            rows=base.rows,
+            numbers=base.numbers,
+            starts=base.starts,
+            groups=self.cells.groups,
+            edges=self.edges,
+            sizes=np.array([self.cells.beam, self.nprobe]),
+        )
+
+    @classmethod
+    def load(cls, store: Store, path: str) -> "Plan":
+        have = load_arrays(store, path)
+        base = Base(have["rows"], have["numbers"], have["starts"])
+        beam, nprobe = (int(size) for size in have["sizes"])
+        return cls(Cells(base, have["groups"], beam), have["edges"], nprobe)
+
+
+def save_arrays(store: Store, path: str, **arrays: Any) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    store.write(path, buffer.getvalue())
+
+
+def load_arrays(store: Store, path: str) -> dict[str, Any]:
+    with np.load(io.BytesIO(store.read(path))) as arrays:
+        return dict(arrays)

@@ -1,0 +1,267 @@
+"""The workers of `neighbours.search`: each turns one item into one published file."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.algorithms import knn
+from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.products import Floats, Ints
+from curation.algorithms.search import Base, Queries, Visits, search
+from curation.runtime.executor import Counts
+from curation.runtime.store import Store, open_store, write_table
+from curation.schema import NEIGHBOURS
+from curation.stages.exchange import receive, send
+from curation.stages.neighbour_plan import Join, Layout, Plan, load_arrays
+from curation.stages.tables import Part, VectorView, column_bytes, column_numpy
+
+MERGE_ROWS = 1 << 24  # pairs held before the best of them are chosen
+HEAP_BYTES = 1 << 28  # what the best of the queries answered together may take
+
+
+def load(view: VectorView, store: Store, parts: Sequence[Part]) -> Queries:
+    """The numbers (n,) and unit rows (n, D) of some parts."""
+    loaded = [view.load(store, part) for part in parts]
+    return Queries(np.concatenate([v for _, v in loaded]), np.concatenate([n for n, _ in loaded]))
+
+
+def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Queries, pa.Table]:
+    """Queries; in a self-join of equal rows the first alone, and the others as its neighbours."""
+    found = load(join.queries, store, parts)
+    if not join.itself or not len(found.rows):
+        return found, NEIGHBOURS.empty_table()
+    first = knn.first_of_equal(found.rows)
+    stays = first == np.arange(len(first))
+    again, first = np.flatnonzero(~stays), first[~stays]
+    cosine = np.einsum("nd,nd->n", found.rows[again], found.rows[again])
+    pairs = pair_table(found.numbers[again], found.numbers[first], cosine)
+    return Queries(found.rows[stays], found.numbers[stays]), pairs
+
+
+def pair_table(query: Ints, image: Ints, cosine: Floats) -> pa.Table:
+    columns = [pa.array(query), pa.array(image), pa.array(cosine.astype(np.float32))]
+    return pa.Table.from_arrays(columns, schema=NEIGHBOURS)
+
+
+def pairs_of(numbers: Ints, found: Neighbours) -> pa.Table:
+    """The neighbours of the images `numbers` (n,) as rows, nearest first."""
+    row, column = np.nonzero(found.number != NONE)
+    return pair_table(numbers[row], found.number[row, column], found.score[row, column])
+
+
+def vectors(rows: Floats) -> pa.Array:
+    """Rows (n, D) as fp16, in which they were stored."""
+    data = pa.py_buffer(np.ascontiguousarray(rows.astype(np.float16)).tobytes())
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(2 * rows.shape[1]), len(rows), [None, data]
+    )
+
+
+def rows_of(table: pa.Table) -> Floats:
+    rows: Floats = column_bytes(table, "vector").view(np.float16).astype(np.float32)
+    return rows
+
+
+def best_of(table: pa.Table, k: int) -> pa.Table:
+    """The k best rows of each query, nearest first; the same pair counts once."""
+    query, image = column_numpy(table, "query"), column_numpy(table, "image")
+    order = np.lexsort((image, -table["cosine"].to_numpy(), query))
+    query, image = query[order], image[order]
+    new = np.ones(len(order), bool)
+    new[1:] = (query[1:] != query[:-1]) | (image[1:] != image[:-1])
+    order, query = order[new], query[new]
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    return table.take(pa.array(order[rank < k]))
+
+
+class ExactWorker:
+    """Compares a chunk of queries with the whole base, a part at a time."""
+
+    def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
+        self._join, self._store, self._layout = join, open_store(run_uri), layout
+
+    def __call__(self, chunk: int) -> Counts:
+        join, store = self._join, self._store
+        queries = load(join.queries, store, self._layout.queries[chunk])
+        base = (load(join.base, store, [part]) for group in self._layout.base for part in group)
+        found = pairs_of(queries.numbers, knn.exact(queries, base, join.what))
+        write_table(store, join.path("answers", chunk), found)
+        return {"pairs": len(found)}
+
+
+class PartitionWorker:
+    """Sends the rows of a chunk of the base to their buckets; compares the sample with them."""
+
+    def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
+        self._join, self._store, self._layout = join, open_store(run_uri), layout
+        self._plan = Plan.load(self._store, join.setup("plan"))
+        sample = load_arrays(self._store, join.setup("sample"))
+        self._sample = Queries(sample["rows"], sample["numbers"])
+
+    def __call__(self, chunk: int) -> Counts:
+        join, store, plan = self._join, self._store, self._plan
+        if join.itself:
+            rows, _ = load_distinct(join, store, self._layout.base[chunk])
+        else:
+            rows = load(join.base, store, self._layout.base[chunk])
+        cell = plan.cells.assign(rows.rows)
+        table = pa.table(
+            {"image": rows.numbers, "cell": cell.astype(np.int32), "vector": vectors(rows.rows)}
+        )
+        truth = pairs_of(
+            np.arange(len(self._sample.rows)), knn.exact(self._sample, [rows], join.what)
+        )
+        at = np.searchsorted(rows.numbers, column_numpy(truth, "image"))
+        write_table(
+            store,
+            join.path("truth", chunk),
+            truth.append_column("cell", pa.array(cell[at])).append_column(
+                "vector", vectors(rows.rows[at])
+            ),
+        )
+        send(store, join.path("base", chunk), table, plan.bucket_of(cell), plan.buckets)
+        return {"images": len(rows.rows)}
+
+
+class RouteWorker:
+    """Sends the queries of a chunk to the buckets in which they ask."""
+
+    def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
+        self._join, self._store, self._layout = join, open_store(run_uri), layout
+        self._plan = Plan.load(self._store, join.setup("route"))
+
+    def __call__(self, chunk: int) -> Counts:
+        join, store, plan = self._join, self._store, self._plan
+        queries, equal = load_distinct(join, store, self._layout.queries[chunk])
+        here = np.full(len(equal), chunk)
+        send(store, join.path("pairs", 0, chunk), equal, here, len(self._layout.queries))
+        way = plan.cells.nearest(queries.rows, plan.nprobe).number
+        row, step = np.nonzero(way != NONE)
+        cell = way[row, step]
+        bucket = plan.bucket_of(cell)
+        order = np.lexsort((row, bucket))
+        row, cell, bucket = row[order], cell[order], bucket[order]
+        first = np.ones(len(row), bool)
+        first[1:] = (row[1:] != row[:-1]) | (bucket[1:] != bucket[:-1])
+        starts = np.flatnonzero(first)
+        offsets = pa.array(np.r_[starts, len(row)].astype(np.int32))
+        table = pa.table(
+            {
+                "image": queries.numbers[row[starts]],
+                "cells": pa.ListArray.from_arrays(offsets, pa.array(cell.astype(np.int32))),
+                "vector": vectors(queries.rows[row[starts]]),
+            }
+        )
+        send(store, join.path("queries", chunk), table, bucket[starts], plan.buckets)
+        return {"copies": len(table)}
+
+
+class AnswerWorker:
+    """Reads one bucket of the base once and answers every query that asks in it."""
+
+    def __init__(self, join: Join, run_uri: str, layout: Layout, wave: Sequence[int]) -> None:
+        self._join, self._store, self._layout = join, open_store(run_uri), layout
+        self._plan = Plan.load(self._store, join.setup("route"))
+        self._wave = wave
+
+    def __call__(self, bucket: int) -> Counts:
+        join, store = self._join, self._store
+        first, last = (int(edge) for edge in self._plan.edges[bucket : bucket + 2])
+        sent = [
+            receive(store, join.path("base", chunk), bucket)
+            for chunk in range(len(self._layout.base))
+        ]
+        table = pa.concat_tables(sent)
+        cell = column_numpy(table, "cell") - first
+        base = Base.of(rows_of(table), column_numpy(table, "image"), cell, last - first)
+        twins = Best(len(base.rows), join.k, join.min_cosine) if join.itself else None
+        found = [NEIGHBOURS.empty_table()]
+        for chunk in self._wave:
+            asked = receive(store, join.path("queries", chunk), bucket)
+            step = max(1, HEAP_BYTES // (12 * join.k))
+            for start in range(0, len(asked), step):
+                found.append(self._answer(asked.slice(start, step), base, first, twins))
+        if twins:
+            found.append(pairs_of(base.numbers, twins.sorted()))
+        pairs = pa.concat_tables(found)
+        to = self._layout.chunk_of(column_numpy(pairs, "query"))
+        path = join.path("pairs", 1 + self._wave[0], bucket)
+        send(store, path, pairs, to, len(self._layout.queries))
+        return {"pairs": len(pairs)}
+
+    def _answer(self, asked: pa.Table, base: Base, first: int, twins: Best | None) -> pa.Table:
+        join, cells = self._join, asked["cells"].combine_chunks()
+        lengths = np.diff(cells.offsets.to_numpy())
+        cell = cells.flatten().to_numpy() - first
+        query = np.repeat(np.arange(len(asked)), lengths)
+        order = np.argsort(cell, kind="stable")
+        starts = np.searchsorted(cell[order], np.arange(len(base.starts)))
+        queries = Queries(rows_of(asked), column_numpy(asked, "image"))
+        best = Best(len(asked), join.k, join.min_cosine)
+        search(queries, Visits(query[order], starts), base, best, twins)
+        return pairs_of(queries.numbers, best.sorted())
+
+
+class SlabWorker:
+    """Builds an IVF-PQ index over one slab of the base and answers all queries from it."""
+
+    def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
+        self._join, self._store, self._layout = join, open_store(run_uri), layout
+        sample = load_arrays(self._store, join.setup("sample"))
+        self._sample = Queries(sample["rows"], sample["numbers"])
+        self._training: Floats = sample["fit"]
+
+    def __call__(self, slab: int) -> Counts:
+        from curation.algorithms.ivfpq import IvfPq
+
+        join, store = self._join, self._store
+        base = load(join.base, store, self._layout.base[slab])
+        truth = pairs_of(
+            np.arange(len(self._sample.rows)), knn.exact(self._sample, [base], join.what)
+        )
+        write_table(store, join.path("truth", slab), truth)
+        index = IvfPq(self._training, join.how.target_recall, join.seed)
+        found = [NEIGHBOURS.empty_table()]
+        for chunk in self._layout.queries:
+            queries = load(join.queries, store, chunk)
+            near = index.search(base.rows, base.numbers, queries.rows, join.k + join.itself)
+            pairs = pairs_of(queries.numbers, near)
+            keep = pc.not_equal(pairs["query"], pairs["image"]) if join.itself else None
+            found.append(pairs.filter(keep) if join.itself else pairs)
+        pairs = pa.concat_tables(found)
+        pairs = pairs.filter(pc.greater(pairs["cosine"], join.min_cosine))
+        to = self._layout.chunk_of(column_numpy(pairs, "query"))
+        send(store, join.path("pairs", 1, slab), pairs, to, len(self._layout.queries))
+        return {"pairs": len(pairs)}
+
+
+class MergeWorker:
+    """Gathers what the buckets have found for one chunk of queries."""
+
+    def __init__(self, join: Join, run_uri: str, paths: Sequence[str]) -> None:
+        self._join, self._store, self._paths = join, open_store(run_uri), paths
+
+    def __call__(self, chunk: int) -> Counts:
+        found = NEIGHBOURS.empty_table()
+        for path in self._paths:
+            found = pa.concat_tables([found, receive(self._store, path, chunk)])
+            if len(found) > MERGE_ROWS:
+                found = best_of(found, self._join.k)
+        found = best_of(found, self._join.k)
+        write_table(self._store, self._join.path("answers", chunk), found)
+        return {"pairs": len(found)}
+
+
+def as_neighbours(pairs: pa.Table, queries: Ints, k: int) -> Neighbours:
+    """The k best of each of `queries` (n,), rising, among rows of pairs."""
+    table = best_of(pairs, k)
+    none = np.full((len(queries), k), NONE)
+    best = Neighbours(np.full(none.shape, -np.inf, np.float32), none)
+    query = column_numpy(table, "query")
+    column = np.arange(len(query)) - np.searchsorted(query, query)
+    row = np.searchsorted(queries, query)
+    best.score[row, column] = table["cosine"].to_numpy()
+    best.number[row, column] = column_numpy(table, "image")
+    return best
