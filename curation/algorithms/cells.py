@@ -118,15 +118,24 @@ def _split(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
         cell, _ = Assigner()(rows, centroids)
         share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
         pieces = np.rint(share).astype(int)
-        cut = [_centroids(rows[cell == c], pieces[c], rng) for c in np.flatnonzero(pieces > 1)]
-        centroids = np.concatenate([centroids[pieces <= 1], *cut])
+        order = rng.permutation(len(rows))
+        order = order[np.argsort(cell[order], kind="stable")]
+        starts = np.searchsorted(cell[order], np.arange(len(centroids)))
+        cut = np.flatnonzero(pieces > 1)
+        if not len(cut):
+            break
+        members = np.concatenate([order[starts[c] : starts[c] + pieces[c]] for c in cut])
+        centroids = _moved(rows, np.concatenate([centroids[pieces <= 1], rows[members]]), 3)
     return centroids
 
 
 def _centroids(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     """Spherical k-means of rows (n, D), a few iterations from random rows."""
-    count = min(count, len(rows))
-    start = rows[np.sort(rng.choice(len(rows), count, replace=False))]
+    chosen = rng.choice(len(rows), min(count, len(rows)), replace=False)
+    return _moved(rows, rows[np.sort(chosen)], ITERATIONS)
+
+
+def _moved(rows: Floats, start: Floats, iterations: int) -> Floats:
     assigner = Assigner()
 
     def sweep(centroids: Floats) -> Totals:
@@ -134,4 +143,4 @@ def _centroids(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
         totals.add(rows, *assigner(rows, centroids), Metric())
         return totals
 
-    return lloyd(Clustering(start, ()), sweep, ITERATIONS, Metric()).centroids
+    return lloyd(Clustering(start, ()), sweep, iterations, Metric()).centroids
