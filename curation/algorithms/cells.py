@@ -35,7 +35,9 @@ class Cells:
 
     @classmethod
     def fit(cls, sample: Floats, count: int, rng: np.random.Generator) -> "Cells":
-        """About `count` cells of unit rows (n, D), at most n."""
+        """About `count` cells of unit rows (n, D), at most n; zeros have no direction and no say."""
+        told = sample[sample.any(axis=1)]
+        sample = told if len(told) else np.eye(1, sample.shape[1], dtype=np.float32)
         count = max(1, min(count, len(sample)))
         if count <= FLAT:
             centroids = _centroids(sample, count, rng)
@@ -60,9 +62,10 @@ class Cells:
     @classmethod
     def _of(cls, centroids: Floats, groups: Floats, beam: int) -> "Cells":
         group, _ = Assigner()(centroids, groups)
+        used, group = np.unique(group, return_inverse=True)  # a row must not look in empty groups
         order = np.argsort(group, kind="stable")
-        base = Base.of(centroids[order], np.arange(len(centroids)), group[order], len(groups))
-        return cls(base, groups, min(beam, len(groups)))
+        base = Base.of(centroids[order], np.arange(len(centroids)), group[order], len(used))
+        return cls(base, groups[used], min(beam, len(used)))
 
     def __len__(self) -> int:
         return len(self.base.rows)

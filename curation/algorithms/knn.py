@@ -38,6 +38,10 @@ class Search:
     target_recall: float = 0.99
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -53,9 +57,10 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     """The neighbours of unit rows (n, D) in a base of unit rows (m, D), by product.
 
     With `what.itself` the queries must be the base; of equal rows only the first is compared, the
-    others are its neighbours. Numbers are positions in the base.
+    others have it as their one neighbour and are no one's. Numbers are positions in the base.
     Errors: ValueError for rows that aren't finite, RecallError.
     """
+    queries, base = (np.ascontiguousarray(rows, np.float32) for rows in (queries, base))
     check_finite(base)
     check_finite(queries)
     if not len(base) or not len(queries):
@@ -67,7 +72,8 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     cells = fit_cells(rows, cell_count(len(rows)), rng)
     cell = cells.assign(rows)
     asking = distinct if what.itself else np.arange(len(queries))
-    sampled = np.sort(rng.choice(asking, min(SAMPLE_QUERIES, len(asking)), replace=False))
+    telling = asking[queries[asking].any(axis=1)]  # all neighbours of a zero are alike
+    sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
     sample = Queries(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     truth = exact(sample, [Queries(rows, distinct)], what)
     pairs = Pairs.of(truth, lambda number: np.searchsorted(distinct, number), rows, cell)
@@ -83,7 +89,7 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
     if what.itself:
-        _join_equal(found, kept, base)
+        _join_equal(found, kept, base, what.min_score)
     return Joined(found, len(cells), nprobe, measured)
 
 
@@ -107,10 +113,11 @@ def _join_chunks(queries: Floats, base: Base, cells: Cells, nprobe: int, best: B
         search(Queries(queries, np.empty(0, np.int64)), visits, base, best)
 
 
-def _join_equal(found: Neighbours, kept: Ints, rows: Floats) -> None:
-    """Gives rows that repeat an earlier one that one as their neighbour, and one of them to it."""
+def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -> None:
+    """Gives rows that repeat an earlier one that one as their neighbour."""
     again = np.flatnonzero(kept != np.arange(len(kept)))
     score = np.einsum("nd,nd->n", rows[again], rows[again])
+    again, score = again[score > min_score], score[score > min_score]
     found.score[again, 0], found.number[again, 0] = score, kept[again]
 
 
@@ -180,10 +187,10 @@ def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> t
     if not len(pairs.query):
         return cells, FEW_CELLS
     aim = what.target_recall + MARGIN * (1 - what.target_recall)
+    back = cells.assign(sample)[pairs.query]  # where these cells, not wider ones, have put them
     while True:
         steps = _steps(cells, sample, pairs.query, pairs.cell)
         if what.itself:
-            back = cells.assign(sample)[pairs.query]
             steps = np.minimum(steps, _steps(cells, pairs.rows, np.arange(len(back)), back))
         need = int(np.sort(steps)[int(np.ceil(aim * len(steps))) - 1])
         if need < LONGEST_WAY:

@@ -1,10 +1,17 @@
-"""Neighbours against brute force and against faiss."""
+"""kNN join against brute force in fp64 and against faiss; the same bytes however it is done."""
+
+from collections.abc import Iterable
 
 import faiss
 import numpy as np
 import pytest
+import torch
 
-from curation.algorithms.knn import NONE, Floats, Ints, Neighbours, SlabIndex, exact_block, recall
+from curation.algorithms import cells as cell_module
+from curation.algorithms import knn, products, search
+from curation.algorithms.best import NONE, Neighbours
+from curation.algorithms.knn import Queries, RecallError, Search, exact, join, recall
+from curation.algorithms.products import Floats, Ints
 
 
 def unit(rows: int, dim: int, seed: int) -> Floats:
@@ -12,76 +19,268 @@ def unit(rows: int, dim: int, seed: int) -> Floats:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def brute(queries: Floats, base: Floats, numbers: Ints, k: int) -> list[list[int]]:
-    """Sorted by falling cosine, ties by rising number, in fp64 and plain Python."""
-    answers = []
-    for query in queries.astype(np.float64):
-        scored = sorted((-float(row @ query), int(n)) for row, n in zip(base, numbers, strict=True))
-        answers.append([number for _, number in scored[:k]])
-    return answers
+def around(centres: int, rows: int, dim: int, spread: float, seed: int) -> Floats:
+    """Unit rows in groups, as embeddings lie."""
+    rng = np.random.default_rng(seed)
+    found = unit(centres, dim, 1000)[rng.integers(0, centres, rows)]
+    found = found + spread * rng.standard_normal((rows, dim)).astype(np.float32)
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+
+NEAR_EQUAL = around(1, 5000, 8, 1e-4, 0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterable[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(
+    found: Neighbours,
+    queries: Floats,
+    base: Floats,
+    numbers: Ints | None = None,
+    min_score: float = -np.inf,
+    itself: bool = False,
+) -> None:
+    """That these are the best of all, falling, none twice; scores right to fp32."""
+    numbers = np.arange(len(base)) if numbers is None else numbers
+    true = queries.astype(np.float64) @ base.astype(np.float64).T
+    if itself:
+        np.fill_diagonal(true, -9)
+    place = {number: at for at, number in enumerate(numbers.tolist())}
+    for row in range(len(queries)):
+        got = [n for n in found.number[row].tolist() if n != NONE]
+        assert (found.number[row, len(got) :] == NONE).all()
+        assert len(set(got)) == len(got)
+        ours = found.score[row, : len(got)]
+        own = true[row, [place[n] for n in got]]
+        np.testing.assert_allclose(ours, own, atol=1e-6)
+        assert np.isneginf(found.score[row, len(got) :]).all()
+        assert (np.diff(ours) <= 0).all()
+        tied = np.flatnonzero(np.diff(ours) == 0)
+        assert all(got[at] < got[at + 1] for at in tied)
+        best = np.sort(true[row][true[row] > max(min_score, -2)])[::-1][: found.number.shape[1]]
+        assert abs(len(best) - len(got)) <= (true[row][abs(true[row] - min_score) < 1e-6]).size
+        both = min(len(best), len(got))
+        np.testing.assert_allclose(own[:both], best[:both], atol=1e-6)
+
+
+def both_ways(found: Neighbours) -> None:
+    """A pair is in both lists, except where one is full of better ones; no row meets itself."""
+    lists = [set(row.tolist()) - {NONE} for row in found.number]
+    for row, others in enumerate(lists):
+        assert row not in others
+        for other, score in zip(found.number[row].tolist(), found.score[row], strict=True):
+            if other == NONE or row in lists[other]:
+                continue
+            worst = (found.score[other, -1], -found.number[other, -1])
+            assert found.number[other, -1] != NONE
+            assert worst > (score, -row)
+
+
+def bytes_of(found: Neighbours) -> bytes:
+    return found.score.tobytes() + found.number.tobytes()
 
 
 @pytest.mark.parametrize(
-    ("queries", "base", "k"), [(7, 50, 4), (3, 2, 5), (1, 1, 1), (2100, 30, 3)]
+    ("queries", "base", "k"), [(7, 50, 4), (3, 2, 5), (1, 1, 1), (700, 30, 3), (100, 3000, 10)]
 )
-def test_an_exact_block_is_what_brute_force_finds(queries: int, base: int, k: int) -> None:
+@pytest.mark.parametrize("min_score", [-np.inf, 0.2])
+def test_a_join_of_a_small_base_is_brute_force(
+    queries: int, base: int, k: int, min_score: float
+) -> None:
     left, right = unit(queries, 16, 1), unit(base, 16, 2)
-    numbers = np.arange(base) * 10 + 5
-    found = exact_block(left, right, numbers, k)
-    for row, wanted in zip(found.number.tolist(), brute(left, right, numbers, k), strict=True):
-        assert row[: len(wanted)] == wanted
-        assert row[len(wanted) :] == [NONE] * (k - len(wanted))
+    joined = join(left, right, Search(k, min_score))
+    check(joined.neighbours, left, right, min_score=min_score)
+    assert joined.recall == 1.0
+    assert joined.nprobe == joined.cells
 
 
-def test_an_exact_block_agrees_with_faiss() -> None:
-    left, right = unit(200, 64, 3), unit(5000, 64, 4)
+@pytest.mark.parametrize(("rows", "k"), [(1, 3), (2, 3), (300, 5), (1500, 40)])
+@pytest.mark.parametrize("min_score", [-np.inf, 0.5])
+def test_a_self_join_of_a_small_base_is_brute_force(rows: int, k: int, min_score: float) -> None:
+    base = unit(rows, 8, 3)
+    found = join(base, base, Search(k, min_score, itself=True)).neighbours
+    check(found, base, base, min_score=min_score, itself=True)
+    both_ways(found)
+
+
+def test_a_join_agrees_with_faiss() -> None:
+    left, right = unit(200, 64, 3), unit(3000, 64, 4)
     index = faiss.IndexFlatIP(64)
     index.add(right)
-    cosine, number = index.search(left, 10)
-    found = exact_block(left, right, np.arange(5000), 10)
+    score, number = index.search(left, 10)
+    found = join(left, right, Search(10)).neighbours
     np.testing.assert_array_equal(found.number, number)
-    np.testing.assert_allclose(found.cosine, cosine, atol=1e-5)
+    np.testing.assert_allclose(found.score, score, atol=1e-5)
 
 
-def test_merging_blocks_in_any_order_is_one_block() -> None:
-    left, right = unit(40, 8, 5), unit(300, 8, 6)
-    numbers = np.arange(300)
-    whole = exact_block(left, right, numbers, 6)
-    for order in ([0, 1, 2], [2, 0, 1]):
-        merged = Neighbours.empty(40, 6)
-        for third in order:
-            rows = slice(third * 100, third * 100 + 100)
-            merged = merged.merge(exact_block(left, right[rows], numbers[rows], 6))
-        np.testing.assert_array_equal(merged.number, whole.number)
+@pytest.mark.parametrize("itself", [False, True])
+@pytest.mark.parametrize("min_score", [-np.inf, 0.6])
+def test_a_join_by_cells_reaches_its_target(
+    itself: bool, min_score: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cell_module, "FLAT", 100)
+    base = around(200, 6000, 24, 0.12, 1)
+    left = base if itself else around(200, 700, 24, 0.12, 2)
+    what = Search(8, min_score, itself, target_recall=0.95)
+    joined = join(left, base, what)
+    truth = exact(Queries(left, np.arange(len(left))), [Queries(base, np.arange(6000))], what)
+    check(truth, left, base, min_score=min_score, itself=itself)
+    assert recall(joined.neighbours, truth) > 0.94
+    assert joined.recall >= 0.95
+    assert 1 <= joined.nprobe < joined.cells / 4
+    if itself:
+        both_ways(joined.neighbours)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_threads_blocks_and_chunks_give_the_same_bytes(
+    itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cell_module, "FLAT", 50)
+    base = np.concatenate([around(30, 1500, 16, 0.2, 1), NEAR_EQUAL[:300].repeat(2, axis=1)])
+    base[200:250] = base[100:150]
+    left = base if itself else around(30, 400, 16, 0.2, 2)
+    what = Search(6, itself=itself, seed=3)
+    whole = join(left, base, what)
+    for threads, query_rows, base_rows, chunk in [(2, 512, 2048, 65536), (1, 50, 130, 400)]:
+        torch.set_num_threads(threads)
+        monkeypatch.setattr(search, "QUERY_ROWS", query_rows)
+        monkeypatch.setattr(search, "BASE_ROWS", base_rows)
+        monkeypatch.setattr(knn, "CHUNK_ROWS", chunk)
+        other = join(left, base, what)
+        assert bytes_of(other.neighbours) == bytes_of(whole.neighbours)
+        assert (other.cells, other.nprobe) == (whole.cells, whole.nprobe)
+    for name, layout in [("fortran", np.asfortranarray), ("fp64", np.float64)]:
+        laid = layout(base)
+        same = join(laid if itself else layout(left), laid, what)
+        assert bytes_of(same.neighbours) == bytes_of(whole.neighbours), name
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_bf16_products_find_what_fp32_finds(itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 30)
+    base = np.concatenate([around(20, 900, 24, 0.1, 1), around(1, 300, 24, 1e-3, 2)])
+    left = base if itself else around(20, 150, 24, 0.1, 3)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(products, "fast_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr("curation.algorithms.assign.fast_dtype", lambda dtype=dtype: dtype)
+        found.append(bytes_of(join(left, base, Search(7, itself=itself)).neighbours))
+    assert found[0] == found[1]
 
 
 def test_equal_vectors_come_in_the_order_of_their_numbers() -> None:
-    same = np.repeat(unit(1, 8, 0), 20, axis=0)
-    found = exact_block(same[:1], same, np.arange(20)[::-1].copy(), 20)
-    assert found.number[0].tolist() == list(range(20))
+    base = np.repeat(unit(1, 8, 0), 5000, axis=0)
+    found = join(base[:50], base, Search(20)).neighbours
+    assert (found.number == np.arange(20)).all()
 
 
-def test_an_empty_base_has_no_neighbours() -> None:
-    found = exact_block(unit(3, 8, 0), np.empty((0, 8), np.float32), np.empty(0, np.int64), 2)
-    assert (found.number == NONE).all()
+def test_of_equal_rows_the_first_is_compared_and_is_the_neighbour_of_the_others() -> None:
+    one = unit(5, 8, 0)
+    base = one[[0, 1, 0, 2, 1, 0, 3, 4]]
+    found = join(base, base, Search(9, itself=True)).neighbours
+    firsts = Neighbours(found.score[[0, 1, 3, 6, 7]], found.number[[0, 1, 3, 6, 7]])
+    assert {0, 1, 3, 6, 7}.issuperset(set(firsts.number.ravel().tolist()) - {NONE})
+    for copy, first in ((2, 0), (4, 1), (5, 0)):
+        assert found.number[copy].tolist() == [first] + [NONE] * 8
+        assert found.score[copy, 0] == pytest.approx(1)
+    whole = join(np.repeat(one[:1], 5000, axis=0), np.repeat(one[:1], 5000, axis=0), what_itself(3))
+    assert (whole.neighbours.number[1:, 0] == 0).all()
+    assert (whole.neighbours.number[0] == NONE).all()
 
 
-def test_the_slab_index_reaches_its_target_and_knows_its_recall() -> None:
-    base, queries = unit(20_000, 32, 7), unit(500, 32, 8)
-    numbers = np.arange(20_000) + 1_000
-    index = SlabIndex(base, numbers, seed=0)
-    truth = exact_block(queries, base, numbers, 5)
-    probes = index.tune(queries[::2], 5, target=0.97)
-    found = index.search(queries, 5)
-    measured = recall(found, truth)
-    hits = sum(len(set(a) & set(b)) for a, b in zip(found.number, truth.number, strict=True))
-    assert measured == pytest.approx(hits / truth.number.size, abs=1e-3)
-    assert measured > 0.94
-    assert 4 <= probes < index.cells
+def what_itself(k: int, min_score: float = -np.inf) -> Search:
+    return Search(k, min_score, itself=True)
 
 
-def test_recall_counts_misses() -> None:
+def test_near_equal_vectors_are_still_told_apart() -> None:
+    found = join(NEAR_EQUAL[:40], NEAR_EQUAL, Search(5)).neighbours
+    check(found, NEAR_EQUAL[:40], NEAR_EQUAL)
+    mine = NEAR_EQUAL[:1500]
+    found = join(mine, mine, what_itself(5, 0.9)).neighbours
+    both_ways(found)
+    assert (found.number != NONE).all()
+
+
+def test_one_giant_cluster_among_others() -> None:
+    base = np.concatenate([around(1, 4500, 16, 0.02, 0), unit(500, 16, 9)])
+    found = join(base[::50], base, Search(5, target_recall=0.9))
+    check_share(found.neighbours, base[::50], base, 0.89)
+
+
+def check_share(found: Neighbours, queries: Floats, base: Floats, share: float) -> None:
+    true = np.sort(queries.astype(np.float64) @ base.T.astype(np.float64), axis=1)[:, ::-1]
+    hits = found.score >= true[:, found.number.shape[1] - 1, None] - 1e-6
+    assert hits.mean() > share
+
+
+@pytest.mark.parametrize("zeros", [1, 300, 2000])
+def test_zero_rows_have_neighbours_of_score_zero(
+    zeros: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cell_module, "FLAT", 30)
+    base = np.concatenate([np.zeros((zeros, 8), np.float32), around(40, 2000 - zeros, 8, 0.05, 0)])
+    found = join(base, base, what_itself(4)).neighbours
+    assert (found.score[1:zeros, 0] == 0).all()
+    near = join(base, base, what_itself(4, 0.5)).neighbours
+    assert (near.number[:zeros] == NONE).all()
+    both_ways(near)
+    rest = join(base[zeros - 1 :], base, Search(4)).neighbours
+    assert np.isfinite(rest.score[1:]).all()
+
+
+def test_nothing_to_ask_or_to_answer() -> None:
+    rows, none = unit(5, 8, 0), np.empty((0, 8), np.float32)
+    assert (join(rows, none, Search(3)).neighbours.number == np.full((5, 3), NONE)).all()
+    assert join(none, rows, Search(3)).neighbours.number.shape == (0, 3)
+    assert join(none, none, what_itself(3)).neighbours.number.shape == (0, 3)
+    assert (join(rows[:1], rows[:1], what_itself(2)).neighbours.number == NONE).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_are_not_finite_are_named(bad: float) -> None:
+    rows = unit(9, 8, 0)
+    broken = rows.copy()
+    broken[[2, 5], 3] = bad
+    for left, right in ((broken, rows), (rows, broken)):
+        with pytest.raises(ValueError, match=r"2 of 9 vectors are not finite \(rows 2, 5\)"):
+            join(left, right, Search(3))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        Search(0)
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_recall_that_cannot_be_reached_is_an_error(
+    itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random rows of many dimensions have their neighbours in all cells."""
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cell_module, "FLAT", 30)
+    monkeypatch.setattr(knn, "LONGEST_WAY", 6)
+    base = unit(2000, 64, 0)
+    with pytest.raises(RecallError, match=r"recall 0.99 needs more than 6 of \d+ cells"):
+        join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
+    monkeypatch.setattr(knn, "choose_nprobe", lambda cells, *_: (cells, 2))
+    with pytest.raises(RecallError, match=r"recall 0\.\d{4} on a sample, below 0.99"):
+        join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
+
+
+def test_recall_counts_misses_and_takes_ties() -> None:
     truth = Neighbours(np.array([[0.9, 0.8]], np.float32), np.array([[1, 2]]))
     half = Neighbours(np.array([[0.9, -np.inf]], np.float32), np.array([[1, NONE]]))
+    tied = Neighbours(np.array([[0.9, 0.8]], np.float32), np.array([[1, 3]]))
+    nothing = Neighbours(np.full((1, 2), -np.inf, np.float32), np.full((1, 2), NONE))
     assert recall(truth, truth) == 1.0
     assert recall(half, truth) == 0.5
+    assert recall(tied, truth) == 1.0
+    assert recall(nothing, truth) == 0.0
+    assert recall(half, nothing) == 1.0

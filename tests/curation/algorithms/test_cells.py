@@ -1,0 +1,67 @@
+"""Cells and the way to them against comparing all."""
+
+import numpy as np
+import pytest
+from test_knn import NEAR_EQUAL, unit
+
+from curation.algorithms import cells as module
+from curation.algorithms.best import NONE
+from curation.algorithms.cells import AGREEMENT, Cells
+from curation.algorithms.products import Floats
+
+
+@pytest.fixture
+def few_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLAT", 20)
+
+
+def fitted(rows: Floats, count: int) -> Cells:
+    return Cells.fit(rows, count, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("count", [1, 15, 90])
+def test_all_groups_give_the_nearest_cells(few_flat: None, count: int) -> None:
+    rows = unit(3000, 12, 0)
+    cells = fitted(rows, count)
+    found = cells.exact().nearest(rows[:500], 7)
+    scores = rows[:500].astype(np.float64) @ cells.base.rows.T.astype(np.float64)
+    wanted = np.argsort(-scores, axis=1, kind="stable")[:, :7]
+    np.testing.assert_array_equal(found.number, wanted)
+    assert cells.beam <= len(cells.groups)
+    np.testing.assert_allclose(np.linalg.norm(cells.base.rows, axis=1), 1, atol=1e-5)
+
+
+def test_the_way_through_groups_agrees_with_comparing_all(few_flat: None) -> None:
+    cells = fitted(unit(6000, 16, 1), 200)
+    fresh = unit(3000, 16, 2)
+    assert 1 < cells.beam < len(cells.groups)
+    assert (cells.assign(fresh) == cells.exact().assign(fresh)).mean() > AGREEMENT - 0.01
+    assert cells.wider().beam == min(2 * cells.beam, len(cells.groups))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        np.repeat(unit(1, 8, 0), 2000, axis=0),
+        np.repeat(unit(5, 8, 0), 400, axis=0),
+        NEAR_EQUAL[:2000],
+        np.zeros((2000, 8), np.float32),
+        np.concatenate([np.zeros((1900, 8), np.float32), unit(100, 8, 0)]),
+        np.concatenate([unit(1000, 8, 0), -unit(1000, 8, 0)]),
+        unit(1, 8, 0),
+        np.ones((50, 1), np.float32),
+    ],
+    ids=["equal", "copies", "near equal", "zeros", "mostly zeros", "opposite", "one", "1-d"],
+)
+def test_every_row_has_a_cell(few_flat: None, rows: Floats) -> None:
+    cells = fitted(rows, 64)
+    found = cells.assign(rows)
+    assert ((found >= 0) & (found < len(cells))).all()
+    assert np.isfinite(cells.base.rows).all()
+    assert (np.diff(cells.base.starts) > 0).all()  # no group is empty
+
+
+def test_fewer_cells_than_asked_are_filled_up() -> None:
+    found = fitted(unit(9, 8, 0), 5).nearest(unit(2, 8, 1), 50)
+    assert found.number.shape == (2, 5)
+    assert (found.number != NONE).all()

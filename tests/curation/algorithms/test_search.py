@@ -1,0 +1,48 @@
+"""Search in cells against brute force in fp64."""
+
+import numpy as np
+import pytest
+import torch
+from test_knn import check, unit
+
+from curation.algorithms import products, search
+from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.search import Base, Queries, Visits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [(512, 2048), (1, 3), (7, 64)])
+def test_queries_meet_every_row_of_the_cells_that_they_visit(
+    dtype: torch.dtype, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
+    monkeypatch.setattr(search, "QUERY_ROWS", blocks[0])
+    monkeypatch.setattr(search, "BASE_ROWS", blocks[1])
+    rng = np.random.default_rng(0)
+    rows, asking = unit(400, 16, 1), unit(60, 16, 2)
+    cell = rng.integers(0, 9, 400)
+    cell[cell == 4] = 5  # an empty cell
+    visited = np.stack([rng.choice(9, 3, replace=False) for _ in asking])
+    visited[0] = [2, NONE, NONE]
+    visited[1] = NONE
+    best = Best(60, 8)
+    base = Base.of(rows, np.arange(400) * 3, cell, 9)
+    search.search(Queries(asking, np.empty(0, np.int64)), Visits.of(visited, 9), base, best)
+    found = best.sorted()
+    for query in range(60):
+        met = np.flatnonzero(np.isin(cell, visited[query]))
+        one = Neighbours(found.score[query : query + 1], found.number[query : query + 1])
+        check(one, asking[query : query + 1], rows[met], met * 3)
+
+
+def test_a_pair_counts_for_both_when_one_visits_the_other() -> None:
+    rows = unit(50, 8, 0)
+    base = Base.of(rows, np.arange(100, 150), np.repeat([0, 1], 25), 2)
+    visits = Visits.of(np.repeat([[1]], 50, axis=0), 2)  # all visit the second half only
+    best = Best(50, 49)
+    search.search(Queries(rows, base.numbers), visits, base, best, best)
+    found = best.sorted()
+    for row in range(50):
+        numbers = found.number[row][found.number[row] != NONE].tolist()
+        others = range(100, 150) if row >= 25 else range(125, 150)
+        assert sorted(numbers) == [n for n in others if n != row + 100]
