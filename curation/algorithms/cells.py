@@ -1,117 +1,155 @@
-"""Cells: coarse centroids that say where a row's neighbours lie, found through fewer, coarser ones.
+"""Cells: coarse centroids that say where a row's neighbours lie, found in fewer dimensions.
 
-A tree of two levels: k-means of a sample, and k-means again within each of its groups. The number
-of cells grows with the base, so that a cell stays small; the way to them costs about its root.
+The centroids come from a k-means tree of a sample. A row is compared with all of them in the
+leading principal axes of the centroids, and with the best of those in all dimensions: centroids are
+means, and their spread lies in few directions.
 """
 
 from dataclasses import dataclass, replace
 
+import numba
 import numpy as np
 
 from curation.algorithms.assign import Assigner
-from curation.algorithms.best import Best, Neighbours
+from curation.algorithms.best import Neighbours
 from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
-from curation.algorithms.products import Floats, Ints, each, each_tile
-from curation.algorithms.search import Base, Queries, Visits, search
+from curation.algorithms.products import (
+    Floats,
+    Ints,
+    Products,
+    each,
+    each_tile,
+    fast_dot,
+    top_of_row,
+)
 
 SPLITS = 2
-FLAT = 256  # up to so many cells all are compared
+FLAT = 256  # up to so many cells k-means has one level
 ITERATIONS = 6
 SAMPLE_PER_CELL = 32
-AGREEMENT = 0.995  # of rows whose nearest cell must be found through the groups
-TILE_ROWS = 8192
+AXES = 32  # to begin with
+SPARE = 16  # cells compared in all dimensions beyond those asked for
+AGREEMENT = 0.97  # of rows whose nearest cell must be found
+TILE_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Unit centroids in order of their groups, and the groups' own centroids (g, D).
+    """Unit centroids (c, D), and their principal axes (D, h), unit and orthogonal.
 
-    A row looks in its `beam` nearest groups; with all of them the nearest cells are exact.
+    With all axes the nearest cells are exact.
     """
 
-    base: Base
-    groups: Floats
-    beam: int
+    centroids: Floats
+    axes: Floats
 
     @classmethod
     def fit(cls, sample: Floats, count: int, rng: np.random.Generator) -> "Cells":
-        """About `count` cells of unit rows (n, D), at most n; zeros have no direction and no say."""
+        """About `count` cells of unit rows (n, D), at most n; zeros have no say."""
         told = sample[sample.any(axis=1)]
         sample = told if len(told) else np.eye(1, sample.shape[1], dtype=np.float32)
         count = max(1, min(count, len(sample)))
-        if count <= FLAT:
-            centroids = _centroids(sample, count, rng)
-            return cls._of(centroids, centroids.mean(axis=0, keepdims=True), 1)
-        groups = _centroids(sample, round(np.sqrt(count)), rng)
-        group, _ = Assigner()(sample, groups)
-        within = [np.flatnonzero(group == number) for number in range(len(groups))]
-        seeds = rng.integers(0, 2**63, len(groups))
-        parts: list[Floats] = [groups[:0]] * len(groups)
-
-        def part(number: int) -> None:
-            mine = within[number]
-            share = max(1, round(count * len(mine) / len(sample)))
-            if len(mine):
-                seeded = np.random.default_rng(seeds[number])
-                parts[number] = _split(sample[mine], share, seeded)
-
-        each(len(groups), part)
-        cells = cls._of(np.concatenate(parts), groups, 4)
-        return cells._with_beam(sample[rng.choice(len(sample), min(2048, len(sample)), False)])
-
-    @classmethod
-    def _of(cls, centroids: Floats, groups: Floats, beam: int) -> "Cells":
-        group, _ = Assigner()(centroids, groups)
-        used, group = np.unique(group, return_inverse=True)  # a row must not look in empty groups
-        order = np.argsort(group, kind="stable")
-        base = Base.of(centroids[order], np.arange(len(centroids)), group[order], len(used))
-        return cls(base, groups[used], min(beam, len(used)))
-
-    def __len__(self) -> int:
-        return len(self.base.rows)
-
-    def wider(self) -> "Cells":
-        """Looks in twice as many groups."""
-        return replace(self, beam=min(2 * self.beam, len(self.groups)))
-
-    def exact(self) -> "Cells":
-        """Looks in all groups."""
-        return replace(self, beam=len(self.groups))
-
-    def _with_beam(self, sample: Floats) -> "Cells":
-        truth, _ = Assigner()(sample, self.base.rows)
-        cells = self
-        while cells.beam < len(self.groups):
-            if (cells.assign(sample) == truth).mean() >= AGREEMENT:
+        cells = cls(_tree(sample, count, rng), np.empty((sample.shape[1], 0), np.float32))
+        few = sample[rng.choice(len(sample), min(2048, len(sample)), replace=False)]
+        truth, _ = Assigner()(few, cells.centroids)
+        while (cells := cells.wider()).axes.shape[1] < sample.shape[1]:
+            if (cells.assign(few) == truth).mean() >= AGREEMENT:
                 break
-            cells = cells.wider()
         return cells
 
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    @property
+    def is_exact(self) -> bool:
+        return bool(self.axes.shape[1] == self.centroids.shape[1])
+
+    def wider(self) -> "Cells":
+        """Looks along twice as many axes."""
+        return self._along(max(AXES, 2 * self.axes.shape[1]))
+
+    def exact(self) -> "Cells":
+        """Looks along all axes."""
+        return self._along(self.centroids.shape[1])
+
+    def _along(self, axes: int) -> "Cells":
+        _, vectors = np.linalg.eigh(self.centroids.T.astype(np.float64) @ self.centroids)
+        leading = vectors[:, ::-1][:, :axes]
+        return replace(self, axes=np.ascontiguousarray(leading, dtype=np.float32))
+
     def nearest(self, rows: Floats, count: int) -> Neighbours:
-        """The `count` nearest cells of rows (n, D), nearest first, NONE where there are fewer."""
+        """The `count` nearest cells of rows (n, D), nearest first."""
         count = min(count, len(self))
-        found = Neighbours(
-            np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int64)
-        )
-        whole = Base(self.groups, np.arange(len(self.groups)), np.array([0, len(self.groups)]))
+        shape = (len(rows), min(count + count // 2 + SPARE, len(self)))
+        found = Neighbours(np.empty(shape, np.float32), np.empty(shape, np.int64))
+        turn, heads = Products(self.axes.T.copy()), Products(self.centroids @ self.axes)
 
         def tile(start: int, stop: int) -> None:
-            asked = Queries(rows[start:stop], np.arange(stop - start))
-            groups, best = Best(stop - start, self.beam), Best(stop - start, count)
-            search(asked, Visits.of(np.zeros((stop - start, 1), np.int64), 1), whole, groups)
-            search(asked, Visits.of(groups.number, len(self.groups)), self.base, best)
-            nearest = best.sorted()
-            found.score[start:stop], found.number[start:stop] = nearest.score, nearest.number
+            head = turn.scores(rows[start:stop]).copy()
+            _choose(heads.scores(head), found.score[start:stop], found.number[start:stop])
+            _rank(
+                rows[start:stop], self.centroids, found.score[start:stop], found.number[start:stop]
+            )
 
         each_tile(len(rows), TILE_ROWS, tile)
-        return found
+        return Neighbours(found.score[:, :count], found.number[:, :count])
 
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""
-        return self.nearest(rows, 1).number[:, 0]
+        return self.nearest(rows, 1).number[:, 0].copy()
 
 
-def _split(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+INSERTED = 128  # up to so many of the best are found by insertion
+
+
+def _choose(scores: Floats, best: Floats, at: Ints) -> None:
+    """The best columns of each row of scores (n, c), in any order."""
+    if best.shape[1] <= INSERTED:
+        _choose_few(scores, best, at)
+    else:
+        at[:] = np.argpartition(-scores, best.shape[1] - 1, axis=1)[:, : best.shape[1]]
+
+
+@numba.njit(nogil=True, cache=True)
+def _choose_few(scores: Floats, best: Floats, at: Ints) -> None:
+    column = np.empty(best.shape[1], np.int32)
+    for i in range(scores.shape[0]):
+        top_of_row(scores[i], best[i], column)
+        at[i] = column
+
+
+@numba.njit(nogil=True, cache=True)
+def _rank(rows: Floats, centroids: Floats, score: Floats, number: Ints) -> None:
+    """Orders the chosen cells of each row by their true scores, equal ones by number."""
+    for i in range(rows.shape[0]):
+        number[i] = np.sort(number[i])
+        for slot in range(number.shape[1]):
+            score[i, slot] = fast_dot(rows[i], centroids[number[i, slot]])
+        order = np.argsort(-score[i], kind="mergesort")
+        score[i], number[i] = score[i][order], number[i][order]
+
+
+def _tree(sample: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """About `count` centroids: k-means, and within each of its groups k-means again."""
+    if count <= FLAT:
+        return _even(sample, count, rng)
+    groups = _centroids(sample, round(np.sqrt(count)), rng)
+    group, _ = Assigner()(sample, groups)
+    within = [np.flatnonzero(group == number) for number in range(len(groups))]
+    seeds = rng.integers(0, 2**63, len(groups))
+    parts = [groups[:0]] * len(groups)
+
+    def part(number: int) -> None:
+        mine = within[number]
+        share = max(1, round(count * len(mine) / len(sample)))
+        if len(mine):
+            parts[number] = _even(sample[mine], share, np.random.default_rng(seeds[number]))
+
+    each(len(groups), part)
+    return np.concatenate(parts)
+
+
+def _even(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     """About `count` centroids of rows (n, D), those cut again that hold far more than their share.
 
     Most queries ask in large cells: even ones are read less.
@@ -120,7 +158,7 @@ def _split(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     for _ in range(SPLITS):
         cell, _ = Assigner()(rows, centroids)
         share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
-        pieces = np.rint(share).astype(int)
+        pieces = share.astype(int)
         order = rng.permutation(len(rows))
         order = order[np.argsort(cell[order], kind="stable")]
         starts = np.searchsorted(cell[order], np.arange(len(centroids)))

@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
 from curation.algorithms.products import Floats, Ints, check_finite
 from curation.algorithms.search import Base, Queries, Visits, search
 
+Bools = npt.NDArray[np.bool_]
+
 ROWS_PER_CELL = 256
 FEW_CELLS = 16  # bases of so few cells are searched whole
+LEAST = 4  # cells in which a query asks
 SAMPLE_QUERIES = 1000
 LONGEST_WAY = 2048  # cells that are ranked for a sampled query
 CHUNK_ROWS = 65_536
+STEP = 8  # nprobe grows by this fraction until the target is met
 MARGIN = 0.1  # of what is left above the target recall: a sample errs
 
 
@@ -185,34 +190,30 @@ def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> t
     if len(cells) <= FEW_CELLS:
         return cells.exact(), len(cells)
     if not len(pairs.query):
-        return cells, FEW_CELLS
+        return cells, LEAST
     aim = what.target_recall + MARGIN * (1 - what.target_recall)
     back = cells.assign(sample)[pairs.query]  # where these cells, not wider ones, have put them
     while True:
-        steps = _steps(cells, sample, pairs.query, pairs.cell)
-        if what.itself:
-            steps = np.minimum(steps, _steps(cells, pairs.rows, np.arange(len(back)), back))
-        need = int(np.sort(steps)[int(np.ceil(aim * len(steps))) - 1])
-        if need < LONGEST_WAY:
-            return cells, need + 1
-        if cells.beam == len(cells.groups):
+        nprobe = LEAST
+        while nprobe <= LONGEST_WAY:
+            met = _met(cells, sample, pairs.query, pairs.cell, nprobe)
+            if what.itself:
+                met |= _met(cells, pairs.rows, np.arange(len(back)), back, nprobe)
+            if met.mean() >= aim:
+                return cells, nprobe
+            nprobe += max(1, nprobe // STEP)
+        if cells.is_exact:
             raise RecallError(
                 f"recall {what.target_recall} needs more than {LONGEST_WAY} of {len(cells)} cells"
             )
         cells = cells.wider()
 
 
-def _steps(cells: Cells, rows: Floats, row: Ints, target: Ints) -> Ints:
-    """How many cells rows[row] asks before cell `target` (p,); LONGEST_WAY when it never does."""
-    way = cells.nearest(rows, LONGEST_WAY).number
-    keys = (np.arange(len(rows))[:, None] * len(cells) + way).ravel()
-    step = np.broadcast_to(np.arange(way.shape[1]), way.shape).ravel()
-    step, keys = step[way.ravel() != NONE], keys[way.ravel() != NONE]
-    order = np.argsort(keys)
-    wanted = row * len(cells) + target
-    at = np.minimum(np.searchsorted(keys[order], wanted), len(keys) - 1)
-    steps: Ints = np.where(keys[order][at] == wanted, step[order][at], LONGEST_WAY)
-    return steps
+def _met(cells: Cells, rows: Floats, row: Ints, target: Ints, nprobe: int) -> Bools:
+    """Whether rows[row] ask in cell `target` (p,)."""
+    way = cells.nearest(rows, nprobe).number
+    met: Bools = (way[row] == target[:, None]).any(axis=1)
+    return met
 
 
 def recall(found: Neighbours, truth: Neighbours) -> float:

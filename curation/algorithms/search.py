@@ -89,8 +89,8 @@ def _meet(
     twins: Best | None,
     lock: threading.Lock,
 ) -> None:
-    rows = gathered(queries.rows, mine)
-    scores = products.scores(rows)
+    asking = gathered(queries.rows, mine)
+    scores = products.scores(asking)
     slack = np.float32(products.slack)
     # Other threads may raise the floors meanwhile: then a few are offered in vain.
     floors = best.score[mine, 0] - slack
@@ -101,7 +101,7 @@ def _meet(
     if not count:
         return
     at_row, at_column, found = at_row[:count], at_column[:count], found[:count]
-    _rescore(rows, base.rows[block], at_row, at_column, found)
+    _rescore(asking, base.rows[block], at_row, at_column, found)
     pairs = (mine[at_row], base.numbers[block][at_column], found)
     with lock:
         if twins is None:
@@ -109,8 +109,9 @@ def _meet(
         else:
             numbers, column = queries.numbers[pairs[0]], block.start + at_column
             apart = numbers != pairs[1]
-            _offer_pairs(*(side[apart] for side in pairs), best.score, best.number, True)
-            back = (column[apart], numbers[apart], found[apart])
+            rows, others, found = pairs[0][apart], pairs[1][apart], found[apart]
+            _offer_pairs(rows, others, found, best.score, best.number, True)
+            back = (column[apart], numbers[apart], found)
             _offer_pairs(*back, twins.score, twins.number, True)
 
 

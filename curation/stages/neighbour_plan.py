@@ -9,7 +9,6 @@ import numpy as np
 from curation.algorithms import knn
 from curation.algorithms.cells import Cells
 from curation.algorithms.products import Ints
-from curation.algorithms.search import Base
 from curation.runtime.store import Store
 from curation.stages.tables import Part, VectorView
 
@@ -89,24 +88,13 @@ class Plan:
         return len(self.edges) - 1
 
     def save(self, store: Store, path: str) -> None:
-        base = self.cells.base
-        save_arrays(
-            store,
-            path,
-            rows=base.rows,
-            numbers=base.numbers,
-            starts=base.starts,
-            groups=self.cells.groups,
-            edges=self.edges,
-            sizes=np.array([self.cells.beam, self.nprobe]),
-        )
+        cells = {"centroids": self.cells.centroids, "axes": self.cells.axes}
+        save_arrays(store, path, **cells, edges=self.edges, nprobe=np.array(self.nprobe))
 
     @classmethod
     def load(cls, store: Store, path: str) -> "Plan":
         have = load_arrays(store, path)
-        base = Base(have["rows"], have["numbers"], have["starts"])
-        beam, nprobe = (int(size) for size in have["sizes"])
-        return cls(Cells(base, have["groups"], beam), have["edges"], nprobe)
+        return cls(Cells(have["centroids"], have["axes"]), have["edges"], int(have["nprobe"]))
 
 
 def save_arrays(store: Store, path: str, **arrays: Any) -> None:

@@ -20,23 +20,27 @@ def fitted(rows: Floats, count: int) -> Cells:
 
 
 @pytest.mark.parametrize("count", [1, 15, 90])
-def test_all_groups_give_the_nearest_cells(few_flat: None, count: int) -> None:
+def test_all_axes_give_the_nearest_cells(few_flat: None, count: int) -> None:
     rows = unit(3000, 12, 0)
     cells = fitted(rows, count)
     found = cells.exact().nearest(rows[:500], 7)
-    scores = rows[:500].astype(np.float64) @ cells.base.rows.T.astype(np.float64)
+    scores = rows[:500].astype(np.float64) @ cells.centroids.T.astype(np.float64)
     wanted = np.argsort(-scores, axis=1, kind="stable")[:, :7]
     np.testing.assert_array_equal(found.number, wanted)
-    assert cells.beam <= len(cells.groups)
-    np.testing.assert_allclose(np.linalg.norm(cells.base.rows, axis=1), 1, atol=1e-5)
+    assert cells.axes.shape == (12, 12)
+    np.testing.assert_allclose(np.linalg.norm(cells.centroids, axis=1), 1, atol=1e-5)
 
 
-def test_the_way_through_groups_agrees_with_comparing_all(few_flat: None) -> None:
-    cells = fitted(unit(6000, 16, 1), 200)
-    fresh = unit(3000, 16, 2)
-    assert 1 < cells.beam < len(cells.groups)
-    assert (cells.assign(fresh) == cells.exact().assign(fresh)).mean() > AGREEMENT - 0.01
-    assert cells.wider().beam == min(2 * cells.beam, len(cells.groups))
+def test_few_axes_agree_with_all(few_flat: None) -> None:
+    spread = np.diag(np.arange(1, 129) ** -0.5)
+    rows = unit(9000, 128, 1) @ spread
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    cells = fitted(rows[:6000], 200)
+    assert cells.axes.shape[1] < 128
+    assert (
+        cells.assign(rows[6000:]) == cells.exact().assign(rows[6000:])
+    ).mean() > AGREEMENT - 0.01
+    assert cells.wider().axes.shape[1] == 2 * cells.axes.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -57,11 +61,11 @@ def test_every_row_has_a_cell(few_flat: None, rows: Floats) -> None:
     cells = fitted(rows, 64)
     found = cells.assign(rows)
     assert ((found >= 0) & (found < len(cells))).all()
-    assert np.isfinite(cells.base.rows).all()
-    assert (np.diff(cells.base.starts) > 0).all()  # no group is empty
+    assert np.isfinite(cells.centroids).all()
 
 
 def test_fewer_cells_than_asked_are_filled_up() -> None:
-    found = fitted(unit(9, 8, 0), 5).nearest(unit(2, 8, 1), 50)
-    assert found.number.shape == (2, 5)
+    cells = fitted(unit(9, 8, 0), 5)
+    found = cells.nearest(unit(2, 8, 1), 50)
+    assert found.number.shape == (2, len(cells))
     assert (found.number != NONE).all()

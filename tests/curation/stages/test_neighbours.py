@@ -27,7 +27,7 @@ class Saved:
 
     path: Path
 
-    def load(self, store: Store, part: Part) -> tuple[Ints, Floats]:  # noqa: ARG002
+    def load(self, store: Store, part: Part) -> tuple[Ints, Floats]:
         rows = np.load(self.path, mmap_mode="r")[part.base : part.base + part.rows]
         return np.arange(part.base, part.base + part.rows), np.array(rows, np.float32)
 
@@ -126,7 +126,7 @@ def share_found(found: Found, truth: dict[int, list[float]], rows: Floats, queri
         (0, {"k": 8, "min_cosine": 0.6}),
         (0, {"k": 2, "min_cosine": 0.3, "spill_bytes": 100_000}),
         (900, {"k": 5}),
-        (1300, {"k": 40, "spill_bytes": 300_000}),
+        (1300, {"k": 40, "spill_bytes": 100_000}),
         (700, {"k": 5, "method": "ivfpq"}),
         (0, {"k": 8, "min_cosine": 0.6, "method": "ivfpq"}),
     ],
