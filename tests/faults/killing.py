@@ -24,13 +24,14 @@ PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba",
 def run_and_die(
     arguments: list[str], kill_at: int, log: Path, limits: tuple[int, int], counted: Path
 ) -> None:
-    """In the child: `curate` with small slabs, dead at the `kill_at`-th point (never: 0).
+    """In the child: `curate` with small chunks, cells and buckets, dead at the `kill_at`-th point (never: 0).
 
-    `limits`: the rows of slabs and slices, and the bytes up to which k-means runs in the driver.
+    `limits`: the rows of chunks, buckets and slices, and the bytes up to which k-means runs in the driver.
     """
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    from curation.algorithms import knn
     from curation.algorithms.components import Components
     from curation.cli import main
     from curation.runtime.store import FileStore
@@ -38,6 +39,7 @@ def run_and_die(
 
     neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = centroids.SLICE_ROWS = limits[0]
     centroids.HERE_BYTES = limits[1]
+    knn.ROWS_PER_CELL, knn.FEW_CELLS = 3, 2
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time
     points: list[str] = []
