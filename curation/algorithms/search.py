@@ -109,7 +109,8 @@ def _meet(
         else:
             numbers, column = queries.numbers[pairs[0]], block.start + at_column
             apart = numbers != pairs[1]
-            _offer_pairs(*(side[apart] for side in pairs), best.score, best.number, True)
+            forth = (pairs[0][apart], pairs[1][apart], found[apart])
+            _offer_pairs(*forth, best.score, best.number, True)
             back = (column[apart], numbers[apart], found[apart])
             _offer_pairs(*back, twins.score, twins.number, True)
 
