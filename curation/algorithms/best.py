@@ -67,7 +67,7 @@ def collect(
 
 
 @numba.njit(nogil=True, cache=True)
-def offer(score: Floats, number: Ints, new_score: float, new_number: int, again: bool) -> None:
+def offer(score: Floats, number: Ints, new_score: np.float32, new_number: int, again: bool) -> None:
     """Offers one pair to a heap (k,); `again`: the heap may hold that number already."""
     if not _better(new_score, new_number, score[0], number[0]):
         return
@@ -92,8 +92,8 @@ def offer(score: Floats, number: Ints, new_score: float, new_number: int, again:
 
 
 @numba.njit(nogil=True, cache=True)
-def _better(score: float, number: int, other_score: float, other_number: int) -> bool:
-    return score > other_score or (score == other_score and number < other_number)
+def _better(score: np.float32, number: int, other_score: np.float32, other_number: int) -> bool:
+    return bool(score > other_score or (score == other_score and number < other_number))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -5,6 +5,7 @@ leading principal axes of the centroids, and with the best of those in all dimen
 means, and their spread lies in few directions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numba
