@@ -5,7 +5,6 @@ leading principal axes of the centroids, and with the best of those in all dimen
 means, and their spread lies in few directions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numba
@@ -134,7 +133,7 @@ def _tree(sample: Floats, count: int, rng: np.random.Generator) -> Floats:
     """About `count` centroids: k-means, and within each of its groups k-means again."""
     if count <= FLAT:
         return _even(sample, count, rng)
-    groups = _centroids(sample, round(np.sqrt(count)), rng)
+    groups = centroids_of(sample, round(np.sqrt(count)), rng)
     group, _ = Assigner()(sample, groups)
     within = [np.flatnonzero(group == number) for number in range(len(groups))]
     seeds = rng.integers(0, 2**63, len(groups))
@@ -155,7 +154,7 @@ def _even(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
 
     Most queries ask in large cells: even ones are read less.
     """
-    centroids = _centroids(rows, count, rng)
+    centroids = centroids_of(rows, count, rng)
     for _ in range(SPLITS):
         cell, _ = Assigner()(rows, centroids)
         share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
@@ -171,7 +170,7 @@ def _even(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     return centroids
 
 
-def _centroids(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+def centroids_of(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     """Spherical k-means of rows (n, D), a few iterations from random rows."""
     chosen = rng.choice(len(rows), min(count, len(rows)), replace=False)
     return _moved(rows, rows[np.sort(chosen)], ITERATIONS)

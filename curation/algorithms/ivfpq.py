@@ -64,31 +64,30 @@ class IvfPq:
     def search(self, rows: Floats, numbers: Ints, queries: Floats, k: int) -> Neighbours:
         """The k nearest of `rows` (m, D), which have `numbers` (m,), for queries (n, D).
 
-        How many lists and candidates are looked at is measured on a sample of the queries, for
-        the target recall. Held meanwhile: D / 8 + 8 bytes a row, twice while the index is built,
-        and for each thread 256 queries' candidates, at most 256 k of 12 bytes each.
+        How many lists and candidates are looked at is measured on a sample of the queries.
         Errors: ValueError for rows that aren't finite, RecallError.
         """
-        rows, queries = (np.ascontiguousarray(one, np.float32) for one in (rows, queries))
-        check_finite(rows)
+        queries = np.ascontiguousarray(queries, np.float32)
         check_finite(queries)
-        what = Search(k)
-        if not len(rows) or not len(queries):
-            return Best(len(queries), k).sorted()
-        if not self.lists or len(rows) < TRAINING_ROWS << BITS:
-            return exact(_unnumbered(queries), [Queries(rows, numbers)], what)
-        slab = _Slab(self._index(rows), rows, numbers)
         telling = np.flatnonzero(queries.any(axis=1))
         rng = np.random.default_rng(self._seed)
         drawn = rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False)
-        sample = queries[np.sort(drawn)]
-        truth = exact(_unnumbered(sample), [Queries(rows, numbers)], what)
-        found = slab.search(queries, k, *self._effort(slab, sample, truth))
-        zero = np.flatnonzero(~queries.any(axis=1))  # faiss has no table for them
-        if len(zero):
-            tied = exact(_unnumbered(queries[zero]), [Queries(rows, numbers)], what)
-            found.score[zero], found.number[zero] = tied.score, tied.number
-        return found
+        return self.over(rows, numbers, queries[np.sort(drawn)], k).search(queries)
+
+    def over(self, rows: Floats, numbers: Ints, sample: Floats, k: int) -> "Slab":
+        """An index of `rows` (m, D), tuned for the target recall of a few queries (s, D).
+
+        Held: the rows, and D / 8 + 8 bytes a row, twice while the index is built.
+        Errors: ValueError for rows that aren't finite, RecallError.
+        """
+        rows = np.ascontiguousarray(rows, np.float32)
+        check_finite(rows)
+        base = Queries(rows, numbers)
+        if not self.lists or len(rows) < TRAINING_ROWS << BITS or not len(sample):
+            return Slab(None, base, k)
+        slab = Slab(self._index(rows), base, k)
+        self._tune(slab, sample, exact(_unnumbered(sample), [base], Search(k)))
+        return slab
 
     def _index(self, rows: Floats) -> Any:
         """The rows in lists: those of their exactly nearest centroids."""
@@ -101,46 +100,57 @@ class IvfPq:
             filled.add_core(len(rows), *pointers)
             return faiss.IndexIVFPQFastScan(filled)
 
-    def _effort(self, slab: "_Slab", sample: Floats, truth: Neighbours) -> tuple[int, int]:
-        """How many lists, and candidates a neighbour: of each the smallest that does."""
+    def _tune(self, slab: "Slab", sample: Floats, truth: Neighbours) -> None:
+        """Sets how many lists, and candidates a neighbour: of each the smallest that does."""
         aim = self._target + MARGIN * (1 - self._target)
-        k, nprobe, reached = truth.number.shape[1], 1, 0.0
 
         def measured(nprobe: int, factor: int) -> float:
-            return recall(slab.search(sample, k, nprobe, factor), truth)
+            slab.nprobe, slab.factor = nprobe, factor
+            return recall(slab.search(sample), truth)
 
-        while True:
-            reached = measured(nprobe, FACTORS[-1])
-            if reached >= aim or nprobe == self.lists:
-                break
+        nprobe = 1
+        while (reached := measured(nprobe, FACTORS[-1])) < aim and nprobe < self.lists:
             nprobe = min(2 * nprobe, self.lists)
         if reached < self._target:
             raise RecallError(
                 f"recall {reached:.4f} on a sample with all {self.lists} lists and"
                 f" {FACTORS[-1]} candidates a neighbour, below {self._target}"
             )
-        aim = min(aim, reached)
-        return nprobe, next(factor for factor in FACTORS if measured(nprobe, factor) >= aim)
+        next(factor for factor in FACTORS if measured(nprobe, factor) >= min(aim, reached))
 
 
-class _Slab:
-    def __init__(self, index: Any, rows: Floats, numbers: Ints) -> None:
-        self._index, self._rows, self._numbers = index, rows, numbers
+class Slab:
+    """An index of some rows with their numbers; none where comparing all is as good."""
 
-    def search(self, queries: Floats, k: int, nprobe: int, factor: int) -> Neighbours:
-        best = Best(len(queries), k)
-        wide, count = _padded(queries), min(k * factor, len(self._rows))
+    def __init__(self, index: Any, base: Queries, k: int) -> None:
+        self._index, self._base, self._k = index, base, k
+        self.nprobe, self.factor = 1, FACTORS[0]
+
+    def search(self, queries: Floats) -> Neighbours:
+        """The k nearest for queries (n, D).
+
+        Held meanwhile for each thread: 256 queries' candidates, at most 256 k of 12 bytes each.
+        """
+        if not len(self._base.rows) or self._index is None:
+            return exact(_unnumbered(queries), [self._base], Search(self._k))
+        best = Best(len(queries), self._k)
+        wide, count = _padded(queries), min(self._k * self.factor, len(self._base.rows))
         how: Any = faiss.SearchParametersIVF()
-        how.nprobe = nprobe
+        how.nprobe = self.nprobe
 
         def tile(start: int, stop: int) -> None:
             with _faiss_threads(1):
                 _, at = self._index.search(wide[start:stop], count, params=how)
             state = (best.score[start:stop], best.number[start:stop])
-            _rescore(queries[start:stop], self._rows, self._numbers, at, *state)
+            _rescore(queries[start:stop], self._base.rows, self._base.numbers, at, *state)
 
         each_tile(len(queries), TILE_QUERIES, tile)
-        return best.sorted()
+        found = best.sorted()
+        zero = np.flatnonzero(~queries.any(axis=1))  # faiss has no table for them
+        if len(zero):
+            tied = exact(_unnumbered(queries[zero]), [self._base], Search(self._k))
+            found.score[zero], found.number[zero] = tied.score, tied.number
+        return found
 
 
 @contextmanager

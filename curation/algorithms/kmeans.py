@@ -2,7 +2,7 @@
 
 `fit(rows, k, iterations, rng)` and `fit_blocks(blocks, k, iterations, rng)` give the same bytes
 for the same rows, however they are cut and on however many threads: assignments are exact
-(`assign.py`) and sums are whole numbers (`lloyd.py`). Above `cells.MANY` unit centroids, .995 of
+(`assign.py`) and sums are whole numbers (`lloyd.py`). Above `groups.MANY` unit centroids, .995 of
 the assignments are: the bytes then depend on the blocks as well.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
-from curation.algorithms.cells import make_assigner
+from curation.algorithms.groups import make_assigner
 from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
 from curation.algorithms.products import (
     Doubles,

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 
 from curation.algorithms import knn
 from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.products import Floats, Ints
 from curation.algorithms.search import Base, Queries, Visits, search
 from curation.runtime.executor import Counts
@@ -214,19 +215,19 @@ class SlabWorker:
         self._training: Floats = sample["fit"]
 
     def __call__(self, slab: int) -> Counts:
-        from curation.algorithms.ivfpq import IvfPq
-
         join, store = self._join, self._store
         base = load(join.base, store, self._layout.base[slab])
         truth = pairs_of(
             np.arange(len(self._sample.rows)), knn.exact(self._sample, [base], join.what)
         )
         write_table(store, join.path("truth", slab), truth)
-        index = IvfPq(self._training, join.how.target_recall, join.seed)
+        trained = IvfPq(self._training, target_recall=join.how.target_recall, seed=join.seed)
+        k = join.k + join.itself
+        index = trained.over(base.rows, base.numbers, self._sample.rows, k)
         found = [NEIGHBOURS.empty_table()]
         for chunk in self._layout.queries:
             queries = load(join.queries, store, chunk)
-            near = index.search(base.rows, base.numbers, queries.rows, join.k + join.itself)
+            near = index.search(queries.rows)
             pairs = pairs_of(queries.numbers, near)
             keep = pc.not_equal(pairs["query"], pairs["image"]) if join.itself else None
             found.append(pairs.filter(keep) if join.itself else pairs)

@@ -24,9 +24,10 @@ PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba",
 def run_and_die(
     arguments: list[str], kill_at: int, log: Path, limits: tuple[int, int], counted: Path
 ) -> None:
-    """In the child: `curate` with small chunks, cells and buckets, dead at the `kill_at`-th point (never: 0).
+    """In the child: `curate` with small cells, dead at the `kill_at`-th point (never: 0).
 
-    `limits`: the rows of chunks, buckets and slices, and the bytes up to which k-means runs in the driver.
+    `limits`: the rows of chunks, buckets and slices, and the bytes up to which k-means runs in
+    the driver.
     """
     with open(log, "w") as out:
         os.dup2(out.fileno(), 1)
