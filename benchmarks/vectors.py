@@ -165,7 +165,7 @@ def _unit(rows: Floats) -> Floats:
     return scaled
 
 
-def _scaled(values: npt.NDArray[np.float64]) -> Floats:
+def _scaled(values: npt.NDArray[np.floating[Any]]) -> Floats:
     return (values / np.linalg.norm(values)).astype(np.float32)
 
 
