@@ -69,10 +69,9 @@ class Rival:
     def __init__(self, spec: str, base: Floats) -> None:
         faiss.omp_set_num_threads(torch.get_num_threads())
         self.spec, self._base = spec, base
-        self._index: Any = faiss.index_factory(base.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
-        self._coded = "PQ" in spec
-        inner = self._index.base_index if self._coded else self._index
-        self._lists: Any = faiss.extract_index_ivf(inner)
+        index: Any = faiss.index_factory(base.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
+        self._index, self._coded = index, "PQ" in spec
+        self._lists: Any = faiss.extract_index_ivf(index.base_index if self._coded else index)
         self._lists.cp.niter, self._lists.cp.max_points_per_centroid = 8, TRAINING_ROWS
         wanted = max(65_536 if self._coded else 0, TRAINING_ROWS * self._lists.nlist)
         rng = np.random.default_rng(0)
