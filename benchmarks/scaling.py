@@ -136,6 +136,8 @@ def extrapolate(runs: dict[str, list[Run]]) -> None:
         lines.append([task, fit, f"{off:.0%}", f"{hours:,.0f}"])
     print(f"Fit of the {FITTED} largest sizes, and what it says of {POOL:,} rows:\n")
     table(["", "seconds", "largest error of the fit", "hours of one such machine"], lines)
+    print(f"cluster with {POOL // 1000:,} clusters. Time only: rows that don't fit in memory go")
+    print("through `curate run`, which also reads and writes them.\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
