@@ -72,11 +72,12 @@ class Rival:
         index: Any = faiss.index_factory(base.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
         self._index, self._coded = index, "PQ" in spec
         inner = faiss.extract_index_ivf(index.base_index if self._coded else index)
-        self._lists: Any = faiss.downcast_index(inner)
-        self._lists.cp.niter, self._lists.cp.max_points_per_centroid = 8, TRAINING_ROWS
+        lists: Any = faiss.downcast_index(inner)
+        lists.cp.niter, lists.cp.max_points_per_centroid = 8, TRAINING_ROWS
         if self._coded:
-            self._lists.pq.cp.niter = 8  # of 25: codes only say what is re-scored
-        wanted = max(65_536 if self._coded else 0, TRAINING_ROWS * self._lists.nlist)
+            lists.pq.cp.niter = 8  # of 25: codes only say what is re-scored
+        wanted = max(65_536 if self._coded else 0, TRAINING_ROWS * lists.nlist)
+        self._lists = lists
         rng = np.random.default_rng(0)
         chosen = np.sort(rng.choice(len(base), min(wanted, len(base)), replace=False))
         self.building = timed(self._build, base[chosen])[0]
