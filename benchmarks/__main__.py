@@ -1,23 +1,61 @@
-"""`make bench`: every table. Quality and copies need the images of LVD_SHARED or ../shared."""
+"""`make bench`: every table; `python -m benchmarks kmeans join`: some of them.
 
+Quality and copies need the images of LVD_SHARED or ../shared.
+"""
+
+import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import components, copies, memory, quality
+from benchmarks import (
+    components,
+    copies,
+    join,
+    kmeans,
+    memory,
+    quality,
+    retrieval,
+    scaling,
+    vectors,
+)
 
 ENCODER = "encoder/deit_tiny_patch16_224_fp16.safetensors"
+SHARED = Path(os.environ.get("LVD_SHARED", "../shared"))
+LABELLED = SHARED / "bench"
+
+# Each prints its tables and returns the number of targets missed.
+TABLES: dict[str, Callable[[], int]] = {
+    "vectors": lambda: vectors.main([]),
+    "kmeans": lambda: kmeans.main([]),
+    "join": lambda: join.main([]),
+    "retrieval": lambda: retrieval.main([]),
+    "scaling": lambda: scaling.main([]),
+    "components": lambda: components.main([]),
+    "memory": lambda: memory.main([]),
+    "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
+    "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
+}
+NEED_IMAGES = {"quality", "copies"}
 
 
-def main() -> int:
-    """The number of tables that miss their target."""
-    shared = Path(os.environ.get("LVD_SHARED", "../shared"))
-    missed = components.main([]) + memory.main([])
-    if not (shared / "bench").is_dir():
-        print(f"no labelled images at {shared}: the tables of quality and copies are left out")
-        return missed
-    missed += quality.main(["--bench", str(shared / "bench"), "--weights", str(shared / ENCODER)])
-    return missed + copies.main(["--images", str(shared / "bench" / "pool")])
+def main(arguments: list[str] | None = None) -> int:
+    """The number of targets missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(TABLES))
+    chosen = parser.parse_args(arguments).tables or list(TABLES)
+    unknown = [name for name in chosen if name not in TABLES]
+    if unknown:
+        parser.error(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
+    missed = 0
+    for name in chosen:
+        if name in NEED_IMAGES and not LABELLED.is_dir():
+            print(f"no labelled images at {SHARED}: the table of {name} is left out")
+            continue
+        print(f"\n## {name}\n", flush=True)
+        missed += TABLES[name]()
+    return missed
 
 
 if __name__ == "__main__":

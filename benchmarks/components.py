@@ -7,9 +7,7 @@ fed with blocks, as the stage does it. Memory is each child process's peak less 
 """
 
 import argparse
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -20,6 +18,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
 from benchmarks import dedup_memory
+from benchmarks.measuring import child, timed
 from curation.algorithms.components import Components
 
 BLOCK = 1 << 20  # edges
@@ -30,16 +29,13 @@ MOST_GIB = 4.0
 
 Edges = NDArray[np.int64]
 
-# Joins as many random edges as nodes, a block at a time; prints seconds and the peaks in MiB before
-# and after. Not ru_maxrss, which counts the parent up to the exec.
+# Joins as many random edges as nodes, a block at a time; prints seconds and the peaks in bytes
+# before and after.
 LARGE_RUN = """
-import re, sys, time
-from pathlib import Path
+import sys, time
 import numpy as np
+from benchmarks.measuring import peak
 from curation.algorithms.components import Components
-
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 nodes, block = int(sys.argv[1]), int(sys.argv[2])
 Components(9).add(np.arange(9), np.arange(9))
@@ -80,16 +76,15 @@ def compare(nodes: int, runs: int) -> dict[str, float]:
     ours(9, left[:9] % 9, right[:9] % 9)  # compiled
     taken: dict[str, list[float]] = {"ours": [], "build": [], "scipy": []}
 
-    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
-        began = time.perf_counter()
-        result = work(*arguments)
-        taken[name].append(time.perf_counter() - began)
+    def run(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        seconds, result = timed(work, *arguments)
+        taken[name].append(seconds)
         return result
 
     for _ in range(runs):
-        labels = timed("ours", ours, nodes, left, right)
-        graph = timed("build", matrix, nodes, left, right)
-        count, reference = timed("scipy", connected_components, graph, False)
+        labels = run("ours", ours, nodes, left, right)
+        graph = run("build", matrix, nodes, left, right)
+        count, reference = run("scipy", connected_components, graph, False)
         del graph
         smallest = np.full(count, nodes)
         np.minimum.at(smallest, reference, np.arange(nodes))
@@ -116,21 +111,14 @@ def speed_table(sizes: list[int], runs: int) -> int:
 
 def memory_table(nodes: int) -> int:
     """Prints the peak of a large run in a process of its own; returns 1 above the target."""
-    seconds, start, peak = child(LARGE_RUN, str(nodes), str(BLOCK))
+    seconds, start, peak = child(LARGE_RUN, nodes, BLOCK)
     print("| nodes, random edges | join, s | process, GiB | of that NumPy and numba, GiB |")
     print("|---|---|---|---|")
-    print(f"| {nodes:,} | {seconds:.1f} | {peak / 1024:.2f} | {start / 1024:.2f} |")
-    each = (peak - start) * 2**20 / nodes
+    print(f"| {nodes:,} | {seconds:.1f} | {peak / 2**30:.2f} | {start / 2**30:.2f} |")
+    each = (peak - start) / nodes
     print(f"\nTarget: {MOST_GIB:.0f} GiB. {each:.1f} bytes a node with the block in hand; at")
     print(f"{POOL:,} nodes {4 * POOL / 1e9:.1f} GB, {12 * POOL / 1e9:.1f} while giants are cut.\n")
-    return int(peak / 1024 >= MOST_GIB)
-
-
-def child(code: str, *arguments: str) -> list[float]:
-    """The numbers on the last line that a process of its own prints."""
-    command = [sys.executable, "-c", code, *arguments]
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return [float(number) for number in finished.stdout.splitlines()[-1].split()]
+    return int(peak / 2**30 >= MOST_GIB)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ copies, in groups of three; one image in a hundred hangs in a chained giant; one
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from dataclasses import astuple
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.measuring import child
 from curation.runtime.store import FileStore, write_table
 from curation.schema import EXACT, IMAGES, NEIGHBOURS, PARTS
 from curation.stages.tables import EXACT_TABLE, PARTS_TABLE, Embedded, Part
@@ -26,13 +26,10 @@ POOL = 1_200_000_000
 # Runs the stage after its search, once on few images to have all code loaded and compiled, then
 # on all; prints this process's peak before and after in bytes.
 RUN = """
-import re, sys
-from pathlib import Path
+import sys
+from benchmarks.measuring import peak
 from curation.runtime.store import FileStore
 from curation.stages import dedup
-
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 cfg = dedup.DedupConfig("made-up", 64, 0.6, 0.45, 200, 0, 0.9, 0)
 for folder in sys.argv[1:]:
@@ -91,10 +88,8 @@ def held(images: int) -> int:
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
         make(Path(small), 5 * PART_IMAGES)
         make(Path(large), images)
-        command = [sys.executable, "-c", RUN, small, large]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    before, after = map(int, output.split())
-    return after - before
+        before, after = child(RUN, small, large)
+    return int(after - before)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ pictures; its peak resident memory is read from the kernel.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,15 +16,18 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from benchmarks.measuring import child
+
 PART_IMAGES = 256
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 
-# Runs one stage more than is done, then prints this process's peak in MiB.
+# Runs one stage more than is done, then prints this process's peak in bytes.
 RUN = """
-import resource, sys
+import sys
+from benchmarks.measuring import peak
 from curation.cli import main
 status = main(["run", sys.argv[1], "--ray", "off", "--until", sys.argv[2]])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(peak())
 sys.exit(status)
 """
 
@@ -61,10 +63,8 @@ def peaks(size: int, folder: Path) -> dict[str, float]:
     )
     found = {}
     for stage in STAGES:
-        command = [sys.executable, "-c", RUN, str(recipe), stage]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        line = next(line for line in output.splitlines() if line.startswith("PEAK"))
-        found[stage] = float(line.split()[1])
+        (bytes_,) = child(RUN, recipe, stage)
+        found[stage] = bytes_ / 2**20
     return found
 
 
