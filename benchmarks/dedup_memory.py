@@ -30,8 +30,10 @@ import sys
 from benchmarks.measuring import peak
 from curation.runtime.store import FileStore
 from curation.stages import dedup
+from curation.stages.neighbour_plan import SearchConfig
 
-cfg = dedup.DedupConfig("made-up", 64, 0.6, 0.45, 200, 0, 0.9, 0)
+how = SearchConfig("cells", 0, 0.9, 10**9)
+cfg = dedup.DedupConfig("made-up", 64, 0.6, 0.45, 200, how, 0)
 for folder in sys.argv[1:]:
     before = peak()
     report = dedup.run(cfg, "made-up", FileStore(folder), None, None)
