@@ -70,7 +70,7 @@ class IvfPq:
         queries = np.ascontiguousarray(queries, np.float32)
         check_finite(queries)
         telling = np.flatnonzero(queries.any(axis=1))
-        rng = np.random.default_rng(self._seed)
+        rng = np.random.default_rng([self._seed, 1])  # not the draws that the lists began with
         drawn = rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False)
         return self.over(rows, numbers, queries[np.sort(drawn)], k).search(queries)
 

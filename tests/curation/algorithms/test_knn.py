@@ -169,6 +169,7 @@ def test_bf16_products_find_what_fp32_finds(itself: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 30)
     base = np.concatenate([around(20, 900, 24, 0.1, 1), around(1, 300, 24, 1e-3, 2)])
     left = base if itself else around(20, 150, 24, 0.1, 3)
+    monkeypatch.setattr(search, "BASE_ROWS", 20)  # most meet rows whose heaps are full
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         monkeypatch.setattr(products, "fast_dtype", lambda dtype=dtype: dtype)
@@ -236,6 +237,10 @@ def test_zero_rows_have_neighbours_of_score_zero(
     both_ways(near)
     rest = join(base[zeros - 1 :], base, Search(4)).neighbours
     assert np.isfinite(rest.score[1:]).all()
+    asking = np.concatenate([np.zeros((zeros, 8), np.float32), around(40, 300, 8, 0.05, 1)])
+    dense = around(40, 2000, 8, 0.05, 0)
+    alone = join(asking[zeros:], dense, Search(4)).nprobe
+    assert join(asking, dense, Search(4)).nprobe == alone  # as if no zero asked
 
 
 def test_nothing_to_ask_or_to_answer() -> None:
