@@ -29,7 +29,7 @@ ITERATIONS = 6
 SAMPLE_PER_CELL = 32
 AXES = 32  # to begin with
 SPARE = 16  # cells compared in all dimensions beyond those asked for
-AGREEMENT = 0.97  # of rows whose nearest cell must be found
+AGREEMENT = 0.995  # of rows whose nearest cell must be found
 TILE_ROWS = 1024
 
 

@@ -9,6 +9,7 @@ them asks in the other's cell.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -18,11 +19,13 @@ from curation.algorithms.products import Floats, Ints, check_finite
 from curation.algorithms.search import Base, Queries, Visits, search
 
 Bools = npt.NDArray[np.bool_]
+Hashes = npt.NDArray[np.uint64]
+Words = npt.NDArray[np.uint32]
 
 ROWS_PER_CELL = 256
 FEW_CELLS = 16  # bases of so few cells are searched whole
 LEAST = 4  # cells in which a query asks
-SAMPLE_QUERIES = 1000
+SAMPLE_QUERIES = 512
 LONGEST_WAY = 2048  # cells that are ranked for a sampled query
 CHUNK_ROWS = 65_536
 STEP = 8  # nprobe grows by this fraction until the target is met
@@ -128,10 +131,27 @@ def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -
 
 def first_of_equal(rows: Floats) -> Ints:
     """For each row (n, D) the position of the first that is equal to it (n,)."""
-    as_bytes = np.ascontiguousarray(rows).view(f"V{rows.itemsize * rows.shape[1]}")[:, 0]
-    _, first, inverse = np.unique(as_bytes, return_index=True, return_inverse=True)
+    hashes = _hashes(np.ascontiguousarray(rows, np.float32).view(np.uint32))
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     firsts: Ints = first[inverse]
+    again = np.flatnonzero(firsts != np.arange(len(rows)))
+    for start in range(0, len(again), CHUNK_ROWS):  # equal hashes are not yet equal rows
+        mine = again[start : start + CHUNK_ROWS]
+        differ = (rows[mine] != rows[firsts[mine]]).any(axis=1)
+        firsts[mine[differ]] = mine[differ]
     return firsts
+
+
+@numba.njit(nogil=True, cache=True)
+def _hashes(words: Words) -> Hashes:
+    """FNV-1a over the words of each row (n, D)."""
+    out = np.empty(len(words), np.uint64)
+    for i in range(words.shape[0]):
+        value = np.uint64(0xCBF29CE484222325)
+        for d in range(words.shape[1]):
+            value = (value ^ np.uint64(words[i, d])) * np.uint64(0x100000001B3)
+        out[i] = value
+    return out
 
 
 def cell_count(base_rows: int) -> int:

@@ -55,7 +55,7 @@ BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
 SLAB_ROWS = 1_000_000  # base rows of one IVF-PQ index: 2 GB at 512 dimensions
 FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 4 GB at 512 dimensions
 MOST_CELLS = 1 << 18
-SAMPLE_QUERIES = 1000
+SAMPLE_QUERIES = 512
 TEMPORARY = ("base", "truth", "queries", "pairs", "setup")
 
 
