@@ -218,7 +218,7 @@ def searches(stages: dict[str, Any]) -> list[dict[str, Any]]:
         ("images near the evaluation sets", stages["dedup"].get("holdout_search")),
         *((f"neighbours of {m['set']}", m) for m in stages["retrieve"]["modes"] if "recall" in m),
     ]
-    facts = ("method", "recall", "slabs")
+    facts = ("method", "recall", "cells", "nprobe", "buckets", "waves")
     return [
         {"search": name, **{fact: found[fact] for fact in facts if fact in found}}
         for name, found in named
