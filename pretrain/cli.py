@@ -1,13 +1,13 @@
-"""The `pretrain` command: `distill` and `copy-descriptor`."""
+"""The `pretrain` command: `demo-encoder` and `copy-descriptor`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.copy_descriptor import CopyConfig, copy_descriptor
-from pretrain.distill import DistillConfig, distill
 from pretrain.errors import UserError
+from pretrain.shipped.copy_descriptor import CopyConfig, copy_descriptor
+from pretrain.shipped.demo_encoder import DemoEncoderConfig, demo_encoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,8 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given["images"] = tuple(arguments.images)
     try:
         _check_least(arguments, {"steps": 0, "batch": 1, "depth": 1, "windows": 1, "seed": 0})
-        if arguments.command == "distill":
-            distill(DistillConfig(**given))
+        if arguments.command == "demo-encoder":
+            demo_encoder(DemoEncoderConfig(**given))
         else:
             copy_descriptor(CopyConfig(**given))
     except UserError as error:
@@ -37,12 +37,12 @@ def _check_least(arguments: argparse.Namespace, least: dict[str, int]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pretrain", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    distill_parser = commands.add_parser(
-        "distill", help="a small ViT/16 learns a larger timm encoder's features"
+    demo_parser = commands.add_parser(
+        "demo-encoder", help="a small ViT/16 learns a larger timm encoder's features"
     )
-    _common(distill_parser, DistillConfig.depth, DistillConfig.batch, DistillConfig.lr)
-    distill_parser.add_argument("--width", type=int, default=192, help="channels of the student")
-    distill_parser.add_argument("--windows", type=int, default=6, help="windows of each image")
+    _common(demo_parser, DemoEncoderConfig.depth, DemoEncoderConfig.batch, DemoEncoderConfig.lr)
+    demo_parser.add_argument("--width", type=int, default=192, help="channels of the student")
+    demo_parser.add_argument("--windows", type=int, default=6, help="windows of each image")
     copy_parser = commands.add_parser(
         "copy-descriptor", help="a descriptor that finds edited copies, by the SSCD recipe"
     )

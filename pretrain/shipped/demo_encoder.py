@@ -1,4 +1,4 @@
-"""`pretrain distill`: a small ViT/16 learns a larger timm encoder's features."""
+"""`pretrain demo-encoder`: a small ViT/16 learns a larger timm encoder's features."""
 
 import shutil
 import time
@@ -11,12 +11,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from pretrain.checkpoint import checkpoint_path, fingerprint, load_checkpoint, save_checkpoint
 from pretrain.errors import UserError
-from pretrain.export import semantic_description, write_weights
-from pretrain.images import readable_images
-from pretrain.schedules import warmup_cosine
-from pretrain.timm_models import (
+from pretrain.shipped.checkpoint import (
+    checkpoint_path,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pretrain.shipped.export import semantic_description, write_weights
+from pretrain.shipped.images import readable_images
+from pretrain.shipped.schedules import warmup_cosine
+from pretrain.shipped.timm_models import (
     build_vit,
     copy_blocks,
     load_vit,
@@ -24,13 +29,13 @@ from pretrain.timm_models import (
     same_layers,
     student_arch,
 )
-from pretrain.windows import TeacherFeatures, Windows, token_features
+from pretrain.shipped.windows import TeacherFeatures, Windows, token_features
 
 SAMPLE = 32  # windows on which the teacher's blocks are compared
 
 
 @dataclass(frozen=True)
-class DistillConfig:
+class DemoEncoderConfig:
     """What decides the student's weights, byte for byte on one thread."""
 
     teacher: str
@@ -49,7 +54,7 @@ class DistillConfig:
     checkpoint_every: int = 50  # steps
 
 
-def distill(config: DistillConfig) -> None:
+def demo_encoder(config: DemoEncoderConfig) -> None:
     """Train (or go on after a kill) and write the student's fp16 weights with their description."""
     if config.width % 64 or config.width < 64:
         raise UserError(f"--width {config.width}: must be a multiple of 64")
@@ -82,7 +87,7 @@ def distill(config: DistillConfig) -> None:
     print(f"wrote {config.out} ({time.monotonic() - started:.0f} s in this run)", flush=True)
 
 
-def _features_folder(config: DistillConfig, files: list[str]) -> Path:
+def _features_folder(config: DemoEncoderConfig, files: list[str]) -> Path:
     """Beside --out, and shared by trainings that differ only in what the teacher does not see."""
     seen = [config.teacher, str(config.teacher_weights), config.windows, config.seed, files]
     return config.out.with_name(f"{config.out.name}.features-{fingerprint({'seen': seen})}")
@@ -103,7 +108,9 @@ class Student(nn.Module):
         return token_features(projected)
 
 
-def _first_blocks(config: DistillConfig, teacher: VisionTransformer, windows: Windows) -> list[int]:
+def _first_blocks(
+    config: DemoEncoderConfig, teacher: VisionTransformer, windows: Windows
+) -> list[int]:
     """Teacher blocks that the student starts from; none where their layers differ from its own."""
     if not same_layers(teacher, build_vit(student_arch(config.width, config.depth), config.seed)):
         return []
@@ -111,7 +118,7 @@ def _first_blocks(config: DistillConfig, teacher: VisionTransformer, windows: Wi
     return needed_blocks(teacher, windows.batch(apart), config.depth)
 
 
-def _student(config: DistillConfig, teacher: VisionTransformer, blocks: list[int]) -> Student:
+def _student(config: DemoEncoderConfig, teacher: VisionTransformer, blocks: list[int]) -> Student:
     """Up to the first teacher block that it lacks, the student is the teacher, and stays so."""
     vit = build_vit(student_arch(config.width, config.depth), config.seed)
     if blocks:
@@ -137,7 +144,7 @@ def regression_loss(
 
 
 def _train(
-    config: DistillConfig,
+    config: DemoEncoderConfig,
     key: str,
     teacher: VisionTransformer,
     windows: Windows,
@@ -173,7 +180,7 @@ def _train(
     return student
 
 
-def _batch_numbers(config: DistillConfig, step: int, windows: int) -> np.ndarray:
+def _batch_numbers(config: DemoEncoderConfig, step: int, windows: int) -> np.ndarray:
     """The step's windows: an order drawn anew for each pass, from the seed and the pass alone."""
     position = np.arange(step * config.batch, (step + 1) * config.batch)
     epochs = position // windows

@@ -23,16 +23,28 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from pretrain.augment import edited_copy, light_copy
-from pretrain.calibrate import Calibration, calibrate
-from pretrain.checkpoint import checkpoint_path, fingerprint, load_checkpoint, save_checkpoint
 from pretrain.errors import UserError
-from pretrain.export import copy_description, write_weights
-from pretrain.images import load_rgb, readable_images, to_batch
-from pretrain.losses.entropy import entropy_loss
-from pretrain.losses.infonce import info_nce
-from pretrain.schedules import warmup_cosine
-from pretrain.timm_models import PATCH, build_vit, copy_blocks, load_vit, same_layers, student_arch
+from pretrain.shipped.augment import edited_copy, light_copy
+from pretrain.shipped.calibrate import Calibration, calibrate
+from pretrain.shipped.checkpoint import (
+    checkpoint_path,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from pretrain.shipped.entropy import entropy_loss
+from pretrain.shipped.export import copy_description, write_weights
+from pretrain.shipped.images import load_rgb, readable_images, to_batch
+from pretrain.shipped.infonce import info_nce
+from pretrain.shipped.schedules import warmup_cosine
+from pretrain.shipped.timm_models import (
+    PATCH,
+    build_vit,
+    copy_blocks,
+    load_vit,
+    same_layers,
+    student_arch,
+)
 
 GEM_POWER = 3.0
 TEMPERATURE = 0.05  # SSCD, section 4

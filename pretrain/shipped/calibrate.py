@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pretrain.augment import edited_copy
-from pretrain.images import load_rgb
+from pretrain.shipped.augment import edited_copy
+from pretrain.shipped.images import load_rgb
 
 PAIR_PRECISION = 0.995  # of links inside a pool, at `min_cosine`
 HOLDOUT_PRECISION = 0.96  # of links to evaluation sets, where a miss costs more than an image

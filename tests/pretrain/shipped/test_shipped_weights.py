@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from pretrain.copy_descriptor import CopyDescriptor, squash
-from pretrain.export import read_weights
-from pretrain.images import load_rgb, to_batch
-from pretrain.timm_models import build_vit
-from pretrain.windows import evaluation_view
+from pretrain.shipped.copy_descriptor import CopyDescriptor, squash
+from pretrain.shipped.export import read_weights
+from pretrain.shipped.images import load_rgb, to_batch
+from pretrain.shipped.timm_models import build_vit
+from pretrain.shipped.windows import evaluation_view
 
-WEIGHTS = Path(__file__).parents[2] / "curation" / "images" / "weights"
+WEIGHTS = Path(__file__).parents[3] / "curation" / "images" / "weights"
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg")
 
 

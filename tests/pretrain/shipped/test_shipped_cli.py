@@ -39,7 +39,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("command", ["distill", "copy-descriptor"])
+@pytest.mark.parametrize("command", ["demo-encoder", "copy-descriptor"])
 @pytest.mark.parametrize(("change", "message"), CASES)
 def test_a_mistake_is_one_clear_line_and_status_2(
     command: str,
@@ -69,7 +69,7 @@ def test_a_mistake_is_one_clear_line_and_status_2(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["distill", "--width", "100"], "--width 100: must be a multiple of 64"),
+        (["demo-encoder", "--width", "100"], "--width 100: must be a multiple of 64"),
         (["copy-descriptor", "--size", "100"], "--size 100: must be a multiple of 16"),
         (["copy-descriptor", "--batch", "5000"], "too few for --batch 5000"),
     ],
@@ -93,4 +93,4 @@ def test_the_module_runs_as_a_command() -> None:
         [sys.executable, "-m", "pretrain", "--help"], capture_output=True, text=True, check=True
     )
     assert "copy-descriptor" in done.stdout
-    assert "distill" in done.stdout
+    assert "demo-encoder" in done.stdout

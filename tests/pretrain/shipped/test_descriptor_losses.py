@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from pretrain.losses.entropy import entropy_loss
-from pretrain.losses.infonce import info_nce
+from pretrain.shipped.entropy import entropy_loss
+from pretrain.shipped.infonce import info_nce
 
 NO_IDS = torch.empty(0, dtype=torch.int64)
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from pretrain.images import IMAGENET_MEAN, IMAGENET_STD
+from pretrain.shipped.images import IMAGENET_MEAN, IMAGENET_STD
 
 
 def semantic_description(name: str, arch: dict[str, int]) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def semantic_description(name: str, arch: dict[str, int]) -> dict[str, Any]:
 
 
 def copy_description(name: str, arch: dict[str, int], head: dict[str, Any]) -> dict[str, Any]:
-    """A copy descriptor: see pretrain/copy_descriptor.py for its head."""
+    """A copy descriptor: see pretrain/shipped/copy_descriptor.py for its head."""
     return {
         "name": name,
         "kind": "copy",

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-import pretrain.copy_descriptor as module
-from pretrain.augment import edited_copy, shrink
-from pretrain.calibrate import pair_cosines, threshold_at
-from pretrain.copy_descriptor import (
+import pretrain.shipped.copy_descriptor as module
+from pretrain.shipped.augment import edited_copy, shrink
+from pretrain.shipped.calibrate import pair_cosines, threshold_at
+from pretrain.shipped.copy_descriptor import (
     CopyConfig,
     CopyDescriptor,
     Memory,
@@ -18,8 +18,8 @@ from pretrain.copy_descriptor import (
     split_holdout,
     whitening,
 )
-from pretrain.export import read_weights
-from pretrain.timm_models import build_vit
+from pretrain.shipped.export import read_weights
+from pretrain.shipped.timm_models import build_vit
 
 TEACHER = "deit_tiny_patch16_224"
 

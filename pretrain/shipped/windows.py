@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from pretrain.images import load_rgb, to_batch
+from pretrain.shipped.images import load_rgb, to_batch
 
 SHORT_SIDE = 256  # pixels, before the central 224: the usual evaluation view
 SIZE = 224  # pixels

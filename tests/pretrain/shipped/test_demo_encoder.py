@@ -8,22 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint import checkpoint_path, save_checkpoint
-from pretrain.distill import DistillConfig, distill, regression_loss
-from pretrain.export import read_weights
-from pretrain.timm_models import (
+from pretrain.shipped.checkpoint import checkpoint_path, save_checkpoint
+from pretrain.shipped.demo_encoder import DemoEncoderConfig, demo_encoder, regression_loss
+from pretrain.shipped.export import read_weights
+from pretrain.shipped.timm_models import (
     build_vit,
     copy_blocks,
     load_vit,
     needed_blocks,
     student_arch,
 )
-from pretrain.windows import Windows, evaluation_view, token_features
+from pretrain.shipped.windows import Windows, evaluation_view, token_features
 
 TEACHER = "deit_tiny_patch16_224"
 
 
-def config(pictures: Path, weights: Path, out: Path, **changes: int) -> DistillConfig:
+def config(pictures: Path, weights: Path, out: Path, **changes: int) -> DemoEncoderConfig:
     given = {
         "depth": 1,
         "width": 64,
@@ -32,7 +32,7 @@ def config(pictures: Path, weights: Path, out: Path, **changes: int) -> DistillC
         "batch": 4,
         "checkpoint_every": 2,
     } | changes
-    return DistillConfig(TEACHER, weights, (pictures,), out, **given)
+    return DemoEncoderConfig(TEACHER, weights, (pictures,), out, **given)
 
 
 def features(vit: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
@@ -43,11 +43,11 @@ def features(vit: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 def test_the_student_comes_nearer_to_the_teacher_and_its_file_describes_itself(
     pictures: Path, teacher_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.distill.needed_blocks", lambda *_: [3])
+    monkeypatch.setattr("pretrain.shipped.demo_encoder.needed_blocks", lambda *_: [3])
     out = tmp_path / "student.safetensors"
-    distill(config(pictures, teacher_weights, out, width=192, steps=0))
+    demo_encoder(config(pictures, teacher_weights, out, width=192, steps=0))
     before, description = read_weights(out)
-    distill(config(pictures, teacher_weights, out, width=192, steps=12))
+    demo_encoder(config(pictures, teacher_weights, out, width=192, steps=12))
     after, _ = read_weights(out)
 
     images = sorted(p for p in pictures.rglob("*.jpg") if p.name != "broken.jpg")
@@ -69,13 +69,15 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     pictures: Path, teacher_weights: Path, tmp_path: Path
 ) -> None:
     whole, killed = tmp_path / "a" / "s.safetensors", tmp_path / "b" / "s.safetensors"
-    distill(config(pictures, teacher_weights, whole))
+    demo_encoder(config(pictures, teacher_weights, whole))
     # Every step slowed down, so that the kill falls between a checkpoint and the end.
     script = (
-        "import sys, time, torch, pretrain.distill as d; from pathlib import Path as P;"
+        "import sys, time, torch; from pathlib import Path as P;"
+        "import pretrain.shipped.demo_encoder as d;"
         "torch.set_num_threads(1); batch = d.Windows.batch;"
         "d.Windows.batch = lambda *a: (time.sleep(0.3), batch(*a))[1];"
-        "d.distill(d.DistillConfig(sys.argv[1], P(sys.argv[2]), (P(sys.argv[3]),), P(sys.argv[4]),"
+        "teacher, weights, pictures, out = sys.argv[1:];"
+        "d.demo_encoder(d.DemoEncoderConfig(teacher, P(weights), (P(pictures),), P(out),"
         " depth=1, width=64, windows=1, steps=6, batch=4, checkpoint_every=2))"
     )
     command = [sys.executable, "-c", script, TEACHER, teacher_weights, pictures, killed]
@@ -86,7 +88,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     process.kill()
     process.wait()
     assert not killed.exists()
-    distill(config(pictures, teacher_weights, killed))
+    demo_encoder(config(pictures, teacher_weights, killed))
     assert killed.read_bytes() == whole.read_bytes()
 
 
@@ -94,9 +96,9 @@ def test_a_checkpoint_of_another_configuration_is_not_taken_up(
     pictures: Path, teacher_weights: Path, tmp_path: Path
 ) -> None:
     plain, beside = tmp_path / "s.safetensors", tmp_path / "t.safetensors"
-    distill(config(pictures, teacher_weights, plain, steps=2))
+    demo_encoder(config(pictures, teacher_weights, plain, steps=2))
     save_checkpoint(checkpoint_path(beside), "of another training", 2, {"student": {}})
-    distill(config(pictures, teacher_weights, beside, steps=2))
+    demo_encoder(config(pictures, teacher_weights, beside, steps=2))
     assert read_weights(beside)[0].keys() == read_weights(plain)[0].keys()
     assert all(
         torch.equal(v, read_weights(plain)[0][k]) for k, v in read_weights(beside)[0].items()
@@ -107,7 +109,7 @@ def test_a_narrower_student_needs_no_teacher_of_its_width(
     pictures: Path, teacher_weights: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "narrow.safetensors"
-    distill(config(pictures, teacher_weights, out, steps=1, width=64))
+    demo_encoder(config(pictures, teacher_weights, out, steps=1, width=64))
     tensors, description = read_weights(out)
     assert tensors["cls_token"].shape[-1] == description["dim"] == 64
     assert not [name for name in tensors if "projection" in name]
@@ -130,8 +132,8 @@ def test_what_precedes_the_first_dropped_block_stays_the_teachers(
     pictures: Path, teacher_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "s.safetensors"
-    monkeypatch.setattr("pretrain.distill.needed_blocks", lambda *_: [0, 1, 5])
-    distill(config(pictures, teacher_weights, out, steps=1, width=192, depth=3))
+    monkeypatch.setattr("pretrain.shipped.demo_encoder.needed_blocks", lambda *_: [0, 1, 5])
+    demo_encoder(config(pictures, teacher_weights, out, steps=1, width=192, depth=3))
     teacher, student = load_file(teacher_weights), load_file(out)
     same = {name for name, value in student.items() if torch.equal(value, teacher[name])}
     assert {"cls_token", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.weight"} <= same
