@@ -1,0 +1,72 @@
+"""Projection head: tokens -> scores of prototypes. Names are those of the official DINOHead."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+# (features (N, d) unit norm fp32, (weight_v (K, d), weight_g (K, 1))) -> losses
+Losses = tuple[torch.Tensor, torch.Tensor]
+Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], Losses]
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Size of one head. Defaults: DINOv2's long recipe; DINO's bottleneck there is 384."""
+
+    prototypes: int = 131_072
+    hidden: int = 2048
+    bottleneck: int = 256
+    layers: int = 3
+
+
+class Prototypes(nn.Module):
+    """Weight-normalised last layer: row k is g_k v_k / |v_k|. g starts at 1, and learns."""
+
+    def __init__(self, bottleneck: int, prototypes: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # as torch's Linear
+
+
+class ProjectionHead(nn.Module):
+    """MLP to a bottleneck, unit norm, then prototypes."""
+
+    def __init__(self, width: int, config: HeadConfig) -> None:
+        super().__init__()
+        sizes = [width, *[config.hidden] * (config.layers - 1), config.bottleneck]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(sizes):
+            layers += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        self.last_layer = Prototypes(config.bottleneck, config.prototypes)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, tokens: torch.Tensor, criterion: Criterion | None = None
+    ) -> torch.Tensor | Losses:
+        """(N, D) -> (N, K) logits, or what `criterion` makes of the bottleneck and prototypes.
+
+        The criterion runs in here because the prototypes are whole only inside this module's
+        forward when it is sharded.
+        """
+        features = functional.normalize(self.mlp(tokens).float(), dim=-1)
+        last = self.last_layer
+        if criterion is not None:
+            return criterion(features, (last.weight_v, last.weight_g))
+        weight, _ = normalised(last.weight_v, last.weight_g)
+        return functional.linear(features.to(weight.dtype), weight)
+
+
+def normalised(weight_v: torch.Tensor, weight_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g v / |v| (K, d) in v's dtype, its fp32 factor g / |v| (K, 1))."""
+    length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
+    factor = weight_g / length
+    return (weight_v * factor).to(weight_v.dtype), factor

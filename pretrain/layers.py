@@ -1,0 +1,138 @@
+"""Transformer block on packed tokens: crops of all sizes lie behind each other as (tokens, width).
+
+Norms and linears see one long matrix. Attention runs apart for each group of equally long
+sequences, so that shapes are static and no kernel of varying lengths is needed (RECIPE: exact, and
+the same code on every GPU). Parameter names are those of facebookresearch/dinov2.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+NORM_EPS = 1e-6
+Groups = tuple[tuple[int, int], ...]  # (sequences, tokens of each), in the order they are packed
+
+
+class Kept(NamedTuple):
+    """The part of the packed tokens that a residual branch is run on (stochastic depth)."""
+
+    tokens: torch.Tensor  # (kept tokens,) int64, places among all packed tokens
+    scale: torch.Tensor  # (kept tokens, 1): sequences / kept sequences of their group
+    groups: Groups  # of the kept tokens
+
+
+def draw_kept(groups: Groups, drop_path: float, device: torch.device) -> Kept:
+    """Draws the sequences that go through one branch; the others skip it, and cost nothing.
+
+    Each group of b sequences keeps max(int(b (1 - p)), 1), whose residuals are scaled by b / kept
+    (DINOv2, "efficient stochastic depth"). Uses torch's global generator of `device`.
+    """
+    tokens, scales, kept_groups, start = [], [], [], 0
+    for sequences, length in groups:
+        kept = max(int(sequences * (1 - drop_path)), 1)
+        chosen = torch.randperm(sequences, device=device)[:kept]
+        places = start + chosen[:, None] * length + torch.arange(length, device=device)
+        tokens.append(places.flatten())
+        scales.append(torch.full((kept * length, 1), sequences / kept, device=device))
+        kept_groups.append((kept, length))
+        start += sequences * length
+    return Kept(torch.cat(tokens), torch.cat(scales), tuple(kept_groups))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each sequence."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """(T, D) packed as `groups` -> (T, D)."""
+        parts = self.qkv(x).split([sequences * length for sequences, length in groups])
+        attended = []
+        for part, (sequences, length) in zip(parts, groups, strict=True):
+            # (3, B, heads, N, D / heads)
+            qkv = part.view(sequences, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            out = functional.scaled_dot_product_attention(*qkv.unbind(0))
+            attended.append(out.transpose(1, 2).reshape(sequences * length, -1))
+        projected: torch.Tensor = self.proj(torch.cat(attended))
+        return projected
+
+
+class Mlp(nn.Module):
+    """Two linears with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        out: torch.Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        return out
+
+
+class SwiGLU(nn.Module):
+    """Gated linear unit (Shazeer 2020) with the width of its hidden layer as in DINOv2's ViT-g."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        gated = -(-int(hidden * 2 / 3) // 8) * 8  # up to a multiple of 8: 4,096 for ViT-g
+        self.w12 = nn.Linear(width, 2 * gated)
+        self.w3 = nn.Linear(gated, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        out: torch.Tensor = self.w3(functional.silu(gate) * value)
+        return out
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel (Touvron et al. 2021)."""
+
+    def __init__(self, width: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + ls1(attention(norm1(x))), then x + ls2(ffn(norm2(x)))."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, ffn: Literal["mlp", "swiglu"], layerscale: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layerscale)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = (Mlp if ffn == "mlp" else SwiGLU)(width, hidden)
+        self.ls2 = LayerScale(width, layerscale)
+
+    def forward(
+        self, x: torch.Tensor, groups: Groups, kept: tuple[Kept, Kept] | None = None
+    ) -> torch.Tensor:
+        """(T, D) packed as `groups` -> (T, D); `kept` for attention and FFN, None for all."""
+        if kept is None:
+            x = x + self.ls1(self.attn(self.norm1(x), groups))
+            return x + self.ls2(self.mlp(self.norm2(x)))
+        for_attention, for_ffn = kept
+        part = x[for_attention.tokens]
+        residual = self.ls1(self.attn(self.norm1(part), for_attention.groups))
+        x = _add(x, residual, for_attention)
+        residual = self.ls2(self.mlp(self.norm2(x[for_ffn.tokens])))
+        return _add(x, residual, for_ffn)
+
+
+def _add(x: torch.Tensor, residual: torch.Tensor, kept: Kept) -> torch.Tensor:
+    return x.index_add(0, kept.tokens, (residual * kept.scale).to(x.dtype))

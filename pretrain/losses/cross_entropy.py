@@ -1,0 +1,149 @@
+"""Cross-entropy of student features against soft targets, without ever holding all logits.
+
+With 131,072 prototypes the logits of a batch are the largest tensor of a step, and the gradient is
+as large again. Here a chunk of rows goes through product, log-softmax, loss and both gradients at
+once; what stays is the size of the features and of the prototypes, and backward only scales.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from pretrain.heads import normalised
+
+CHUNK_BYTES = 64 << 20  # of fp32 logits: small beside a step's activations, large beside a cache
+HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
+HALF_ROWS = 256
+
+
+Losses = tuple[torch.Tensor, torch.Tensor]  # their sum, with a gradient; (terms,) without one
+
+
+@dataclass(frozen=True)
+class Term:
+    """Student rows that follow each other, and what they are compared with."""
+
+    targets: Callable[[int, int], torch.Tensor]  # (start, stop) of its rows -> (n, K) fp32
+    weights: torch.Tensor  # (rows,) fp32
+    mass: float = 1.0  # what a row of the targets sums to
+
+
+def soft_cross_entropy(
+    features: torch.Tensor,
+    prototypes: tuple[torch.Tensor, torch.Tensor],
+    terms: Sequence[Term],
+    temperature: float,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Losses:
+    """Sum over all rows of weight * CE(target, softmax(logits / temperature)); and by term.
+
+    features (N, d) fp32: the rows of all terms in their order; prototypes: (v (K, d), g (K, 1)) of
+    a weight-normalised layer. Softmax and sums in fp32; products in the autocast dtype, else in
+    v's. Gradients exist before backward is called, and are those of the sum.
+    """
+    rows = max(1, chunk_bytes // (4 * prototypes[0].shape[0]))
+    losses: Losses = _SoftCrossEntropy.apply(features, *prototypes, tuple(terms), temperature, rows)
+    return losses
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        weight_v: torch.Tensor,
+        weight_g: torch.Tensor,
+        terms: tuple[Term, ...],
+        temperature: float,
+        rows: int,
+    ) -> Losses:
+        device = features.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with torch.autocast(device, enabled=False):
+            weight, factor = normalised(weight_v, weight_g)
+            work = _Accumulator(features, weight.to(dtype or weight.dtype), temperature, rows)
+            losses = torch.stack([work.add(term) for term in terms])
+            by_v, by_g = _through_norm(work.by_weight, weight, weight_g, factor)
+        ctx.save_for_backward(work.by_features, by_v, by_g)
+        ctx.dtypes = (features.dtype, weight_v.dtype, weight_g.dtype)
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_sum: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+        # In place: the buffers are as large as the prototypes, and nobody reads them again.
+        scaled = [
+            gradient.mul_(by_sum).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None)
+
+
+class _Accumulator:
+    """Goes over the rows in chunks and gathers the gradients."""
+
+    def __init__(
+        self, features: torch.Tensor, weight: torch.Tensor, temperature: float, rows: int
+    ) -> None:
+        self.features, self.weight, self.temperature = features, weight, temperature
+        self.half = weight.dtype == torch.float16
+        self.rows = min(rows, HALF_ROWS) if self.half else rows
+        self.by_features = torch.empty_like(features, dtype=torch.float32)
+        self.by_weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.done = 0
+
+    def add(self, term: Term) -> torch.Tensor:
+        """The term's loss, a scalar."""
+        count = len(term.weights)
+        total = term.weights.new_zeros(())
+        chunks = -(-count // self.rows)
+        for chunk in range(chunks):  # of like sizes
+            start, stop = count * chunk // chunks, count * (chunk + 1) // chunks
+            total += self._chunk(term, start, stop)
+        self.done += count
+        return total
+
+    def _chunk(self, term: Term, start: int, stop: int) -> torch.Tensor:
+        where = slice(self.done + start, self.done + stop)
+        features, weights = self.features[where], term.weights[start:stop, None]
+        scaled = features / self.temperature
+        logits = (scaled.to(self.weight.dtype) @ self.weight.T).float()
+        log_p = torch.log_softmax(logits, dim=1)
+        del logits
+        targets = term.targets(start, stop)
+        loss = -(torch.linalg.vecdot(targets, log_p) @ weights[:, 0])
+        by_logits = log_p.exp_()
+        if term.mass != 1:
+            by_logits.mul_(term.mass)
+        by_logits.sub_(targets)
+        # Weights go on the small sides of the products. In fp16 a probability of 1 / 131,072 and
+        # the weights would be lost: both are brought near 1 first.
+        scale = HALF_SCALE if self.half else 1.0
+        if self.half:
+            by_logits.mul_(scale)
+        low = by_logits.to(self.weight.dtype)
+        by_features = (low @ self.weight).float()
+        self.by_features[where] = by_features * (weights / (self.temperature * scale))
+        largest = weights.amax() if self.half else 1.0
+        weighted = (features * (weights / largest)).to(low.dtype)
+        unit = largest / (self.temperature * scale)
+        if low.dtype == torch.float32:
+            self.by_weight.addmm_(low.T, weighted, alpha=unit)
+        else:
+            self.by_weight += (low.T @ weighted).float() * unit
+        return loss
+
+
+def _through_norm(
+    by_weight: torch.Tensor, weight: torch.Tensor, weight_g: torch.Tensor, factor: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by v and g of w = g v / |v|, from that by w, which is overwritten."""
+    weight = weight.float()
+    # w . dw / g = v . dw / |v|
+    by_g = torch.linalg.vecdot(weight, by_weight)[:, None] / weight_g
+    by_weight.addcmul_(weight, by_g / weight_g, value=-1)
+    return by_weight.mul_(factor), by_g
