@@ -52,12 +52,13 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         """(T, D) packed as `groups` -> (T, D)."""
-        parts = self.qkv(x).split([sequences * length for sequences, length in groups])
+        parts = torch.split(self.qkv(x), [b * n for b, n in groups])
         attended = []
         for part, (sequences, length) in zip(parts, groups, strict=True):
             # (3, B, heads, N, D / heads)
             qkv = part.view(sequences, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-            out = functional.scaled_dot_product_attention(*qkv.unbind(0))
+            query, key, value = qkv.unbind(0)
+            out = functional.scaled_dot_product_attention(query, key, value)
             attended.append(out.transpose(1, 2).reshape(sequences * length, -1))
         projected: torch.Tensor = self.proj(torch.cat(attended))
         return projected
@@ -125,7 +126,8 @@ class Block(nn.Module):
         """(T, D) packed as `groups` -> (T, D); `kept` for attention and FFN, None for all."""
         if kept is None:
             x = x + self.ls1(self.attn(self.norm1(x), groups))
-            return x + self.ls2(self.mlp(self.norm2(x)))
+            out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+            return out
         for_attention, for_ffn = kept
         part = x[for_attention.tokens]
         residual = self.ls1(self.attn(self.norm1(part), for_attention.groups))

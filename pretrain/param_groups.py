@@ -19,10 +19,11 @@ def param_groups(
     embedding's is multiplied by `patch_embed_lr`. No weight decay on biases, norms and LayerScale;
     tokens and position embedding have it, as in the official code.
     """
+    blocks = sum(1 for _ in student["backbone"].get_submodule("blocks").children())
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         network, _, inside = name.partition(".")
-        depth = len(student[network].blocks) if network == "backbone" else 0
+        depth = blocks if network == "backbone" else 0
         lr = layer_decay ** _layers_above(inside, depth)
         if inside.startswith("patch_embed."):
             lr *= patch_embed_lr

@@ -145,7 +145,8 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, also after a skipped step."""
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[torch.Tensor] = list(self.teacher.parameters())
+        student: list[torch.Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 

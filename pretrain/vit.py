@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
             for crop, (b, h, w) in zip(crops, shapes, strict=True)
         ]
         tokens = functional.linear(torch.cat(rows), self.proj.weight.flatten(1), self.proj.bias)
-        parts = tokens.split([b * h * w for b, h, w in shapes])
+        parts = torch.split(tokens, [b * h * w for b, h, w in shapes])
         return [t.view(b, h * w, -1) for t, (b, h, w) in zip(parts, shapes, strict=True)]
 
 
@@ -180,9 +180,8 @@ class ViT(nn.Module):
 
     def _unpack(self, x: torch.Tensor, groups: Groups) -> list[Tokens]:
         tokens = []
-        for part, (sequences, length) in zip(
-            x.split([sequences * length for sequences, length in groups]), groups, strict=True
-        ):
+        parts = torch.split(x, [sequences * length for sequences, length in groups])
+        for part, (sequences, length) in zip(parts, groups, strict=True):
             whole, first = part.view(sequences, length, -1), 1 + self.config.registers
             tokens.append(Tokens(whole[:, 0], whole[:, 1:first], whole[:, first:]))
         return tokens
@@ -198,16 +197,18 @@ def resize_positions(
     """
     side = round(embedding.shape[1] ** 0.5)
     image = embedding.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    how = {"mode": "bicubic", "antialias": antialias}
-    if offset:
-        scale = tuple((s + offset) / side for s in size)
-        image = functional.interpolate(image, scale_factor=scale, **how)
-    else:
-        image = functional.interpolate(image, size=size, **how)
+    scale = tuple((s + offset) / side for s in size)
+    image = functional.interpolate(
+        image,
+        None if offset else size,
+        scale if offset else None,
+        mode="bicubic",
+        antialias=antialias,
+    )
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
 
 
-def compile_blocks(vit: ViT) -> None:
+def compile_blocks(vit: ViT, backend: str = "inductor") -> None:
     """torch.compile on every block, in place: parameter names stay; before `fully_shard`."""
     for block in vit.blocks:
-        block.compile()
+        block.compile(backend=backend)

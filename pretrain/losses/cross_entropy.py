@@ -115,26 +115,25 @@ class _Accumulator:
         log_p = torch.log_softmax(logits, dim=1)
         del logits
         targets = term.targets(start, stop)
-        loss = -(torch.linalg.vecdot(targets, log_p) @ weights[:, 0])
+        loss: torch.Tensor = -(torch.linalg.vecdot(targets, log_p) @ weights[:, 0])
         by_logits = log_p.exp_()
         if term.mass != 1:
             by_logits.mul_(term.mass)
         by_logits.sub_(targets)
-        # Weights go on the small sides of the products. In fp16 a probability of 1 / 131,072 and
-        # the weights would be lost: both are brought near 1 first.
-        scale = HALF_SCALE if self.half else 1.0
+        # Weights go on the small sides of the products.
+        weights = weights / self.temperature
+        if self.weight.dtype == torch.float32:
+            torch.mm(by_logits, self.weight, out=self.by_features[where]).mul_(weights)
+            self.by_weight.addmm_(by_logits.T, features * weights)
+            return loss
+        # In fp16 a probability of 1 / 131,072 would be lost, and the weights: both come near 1.
         if self.half:
-            by_logits.mul_(scale)
-        low = by_logits.to(self.weight.dtype)
-        by_features = (low @ self.weight).float()
-        self.by_features[where] = by_features * (weights / (self.temperature * scale))
-        largest = weights.amax() if self.half else 1.0
+            by_logits.mul_(HALF_SCALE)
+        low, scale = by_logits.to(self.weight.dtype), HALF_SCALE if self.half else 1.0
+        self.by_features[where] = (low @ self.weight).float() * (weights / scale)
+        largest = weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
         weighted = (features * (weights / largest)).to(low.dtype)
-        unit = largest / (self.temperature * scale)
-        if low.dtype == torch.float32:
-            self.by_weight.addmm_(low.T, weighted, alpha=unit)
-        else:
-            self.by_weight += (low.T @ weighted).float() * unit
+        self.by_weight += (low.T @ weighted).float() * (largest / scale)
         return loss
 
 

@@ -13,3 +13,9 @@ def test_the_official_steps_are_reproduced(name: str, shared: Path) -> None:
     errors = check_files(sorted((shared / "golden").glob(name)))
     assert errors
     assert {file: found for file, found in errors.items() if worst(found) > LARGEST_ERROR} == {}
+
+
+def test_steps_written_down_naively_are_reproduced() -> None:
+    (errors,) = check_files([HERE / "golden" / "tiny.npz"]).values()
+    assert worst(errors) < LARGEST_ERROR
+    assert {"gradient norms", "clipped gradients", "final student", "final teacher"} <= set(errors)
