@@ -77,7 +77,7 @@ def _place_block(mask: NDArray[np.bool_], most: float, rng: np.random.Generator)
     grid = len(mask)
     widest = -math.log(LEAST_ASPECT)
     for _ in range(TRIES):
-        area = rng.uniform(LEAST_PATCHES, most)
+        area = LEAST_PATCHES + (most - LEAST_PATCHES) * rng.random()  # `most` may be the smaller
         aspect = math.exp(rng.uniform(-widest, widest))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if height >= grid or width >= grid:
