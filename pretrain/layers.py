@@ -50,8 +50,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """(T, D) packed as `groups` -> (T, D)."""
+    def forward(
+        self, x: torch.Tensor, groups: Groups, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(T, D) packed as `groups` -> (T, D), or (W, D): the `wanted` tokens alone."""
         parts = torch.split(self.qkv(x), [b * n for b, n in groups])
         attended = []
         for part, (sequences, length) in zip(parts, groups, strict=True):
@@ -60,7 +62,8 @@ class Attention(nn.Module):
             query, key, value = qkv.unbind(0)
             out = functional.scaled_dot_product_attention(query, key, value)
             attended.append(out.transpose(1, 2).reshape(sequences * length, -1))
-        projected: torch.Tensor = self.proj(torch.cat(attended))
+        tokens = torch.cat(attended)
+        projected: torch.Tensor = self.proj(tokens if wanted is None else tokens[wanted])
         return projected
 
 
@@ -121,11 +124,19 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width, layerscale)
 
     def forward(
-        self, x: torch.Tensor, groups: Groups, kept: tuple[Kept, Kept] | None = None
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        kept: tuple[Kept, Kept] | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) packed as `groups` -> (T, D); `kept` for attention and FFN, None for all."""
+        """(T, D) packed as `groups` -> (T, D), or the `wanted` (W,) tokens of that.
+
+        `kept` are the parts that attention and FFN are run on; None: on everything.
+        """
         if kept is None:
-            x = x + self.ls1(self.attn(self.norm1(x), groups))
+            residual = self.ls1(self.attn(self.norm1(x), groups, wanted))
+            x = (x if wanted is None else x[wanted]) + residual
             out: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
             return out
         for_attention, for_ffn = kept
@@ -133,7 +144,8 @@ class Block(nn.Module):
         residual = self.ls1(self.attn(self.norm1(part), for_attention.groups))
         x = _add(x, residual, for_attention)
         residual = self.ls2(self.mlp(self.norm2(x[for_ffn.tokens])))
-        return _add(x, residual, for_ffn)
+        x = _add(x, residual, for_ffn)
+        return x if wanted is None else x[wanted]
 
 
 def _add(x: torch.Tensor, residual: torch.Tensor, kept: Kept) -> torch.Tensor:

@@ -87,10 +87,9 @@ class StudentTeacher(nn.Module):
         config, masks = self.objective, batch.masks
         targets = self.targets(batch, teacher_temperature)
         seen, local = self.student["backbone"](
-            [batch.global_crops, batch.local_crops], [masks.tokens, None]
+            [batch.global_crops, batch.local_crops], [masks.tokens, None], masks.indices
         )
-        classes = torch.cat([seen.cls, local.cls])
-        patches = seen.patches.flatten(0, 1)[masks.indices]
+        classes, patches = torch.cat([seen.cls, local.cls]), seen.patches
         dino = dino_terms(targets.dino, len(local.cls), config.dino_weight)
         ibot = ibot_term(targets.ibot, masks.weights, len(seen.cls), config.ibot_weight)
         if "ibot_head" in self.student:
@@ -113,10 +112,11 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def targets(self, batch: Batch, temperature: float) -> Targets:
         """What the teacher sees in the whole global crops, centred."""
-        seen: Tokens = self.teacher["backbone"]([batch.global_crops])[0]
+        seen: Tokens
+        (seen,) = self.teacher["backbone"]([batch.global_crops], patches=batch.masks.indices)
         first, second = seen.cls.chunk(2)
         classes = torch.cat([second, first])  # so that each view meets the other one
-        patches = seen.patches.flatten(0, 1)[batch.masks.indices]
+        patches = seen.patches
         if "ibot_head" in self.teacher:
             dino, ibot = self.teacher["dino_head"](classes), self.teacher["ibot_head"](patches)
         else:

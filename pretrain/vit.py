@@ -45,11 +45,11 @@ VIT_SIZES: dict[str, dict[str, int | str]] = {
 
 
 class Tokens(NamedTuple):
-    """Tokens of one batch of crops after the final norm."""
+    """Tokens of one batch of crops after the final norm; empty where they weren't asked for."""
 
     cls: torch.Tensor  # (B, D)
     registers: torch.Tensor  # (B, R, D)
-    patches: torch.Tensor  # (B, N, D), row by row
+    patches: torch.Tensor  # (B, N, D), row by row; (M, D) where M were asked for
 
 
 class PatchEmbed(nn.Module):
@@ -109,18 +109,46 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, crops: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None] | None = None
+        self,
+        crops: Sequence[torch.Tensor],
+        masks: Sequence[torch.Tensor | None] | None = None,
+        patches: torch.Tensor | None = None,
     ) -> list[Tokens]:
         """Crops of several sizes, each (B, 3, H, W), in one pass -> the tokens of each.
 
         H and W are multiples of the patch size. masks, where given: (B, N) bool, true where the
-        mask token stands for the patch. Drop path draws from torch's global generator, in training
+        mask token stands for the patch. patches (M,): those of the first crops that are asked for,
+        as places among its B N; then its `patches` are (M, D), nobody's else are given, and the
+        last block leaves out the rest. Drop path draws from torch's global generator, in training
         mode only.
         """
         x, groups = self._embed(crops, masks or [None] * len(crops))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = self._run(block, x, groups)
-        return self._unpack(self.norm(x), groups)
+        if patches is None:
+            return self._unpack(self.norm(self._run(last, x, groups)), groups)
+        wanted, counts = self._places(groups, patches)
+        parts = torch.split(self.norm(self._run(last, x, groups, wanted)), counts)
+        nothing = parts[0][:0]
+        first = Tokens(parts[0], nothing, parts[1])
+        return [first, *(Tokens(part, nothing, nothing) for part in parts[2:])]
+
+    def _places(self, groups: Groups, patches: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Places among the packed tokens: class tokens of the first crops, `patches`, the rest's.
+
+        Also how many of each.
+        """
+        start, device, (_, length) = 0, patches.device, groups[0]
+        before = 1 + self.config.registers
+        image, patch = patches // (length - before), patches % (length - before)
+        places = []
+        for sequences, step in groups:
+            stop = start + sequences * step
+            places.append(torch.arange(start, stop, step, device=device))
+            start = stop
+        places.insert(1, image * length + before + patch)
+        return torch.cat(places), [len(part) for part in places]
 
     def intermediate_layers(self, images: torch.Tensor, last: int) -> list[Tokens]:
         """(B, 3, H, W) -> the tokens after each of the `last` blocks, all through the norm."""
@@ -132,17 +160,19 @@ class ViT(nn.Module):
                 layers += self._unpack(self.norm(x), groups)
         return layers
 
-    def _run(self, block: nn.Module, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+    def _run(
+        self, block: nn.Module, x: torch.Tensor, groups: Groups, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Draws happen here: a block is then a pure function, to compile and to run again."""
         kept, drop_path = None, self.config.drop_path
         if self.training and drop_path > 0:
             kept = tuple(draw_kept(groups, drop_path, x.device) for _ in ("attention", "ffn"))
         if self.activation_checkpointing and torch.is_grad_enabled():
             again: torch.Tensor = checkpoint(
-                block, x, groups, kept, use_reentrant=False, preserve_rng_state=False
+                block, x, groups, kept, wanted, use_reentrant=False, preserve_rng_state=False
             )
             return again
-        out: torch.Tensor = block(x, groups, kept)
+        out: torch.Tensor = block(x, groups, kept, wanted)
         return out
 
     def _embed(
