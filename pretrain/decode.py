@@ -48,11 +48,11 @@ def decode(data: bytes) -> Pixels:
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image)
-            pixels = _jpeg(data) if _is_plain_jpeg(image) else np.asarray(_rgb(image))
+            pixels = _jpeg(data) if _is_plain_jpeg(image) else np.array(_rgb(image))
         except BadImage:
             raise
         except UnidentifiedImageError:
-            raise BadImage("not_an_image none of the known formats") from None
+            raise BadImage("not_an_image no known format, or its header is damaged") from None
         except MemoryError:
             raise BadImage("too_large not enough memory to decode it") from None
         except Exception as error:  # decoders raise many types on hostile bytes

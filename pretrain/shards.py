@@ -43,22 +43,20 @@ def open_source(uri: str, say: Callable[[str], object] | None = None) -> Source:
     sizes = dict(storage.files())
     if MANIFEST in sizes:
         return _curated(storage, sizes)
+    if f"shards/{MANIFEST}" in sizes:
+        raise UserError(f"{uri}: a whole run; name its shards: {uri.rstrip('/')}/shards")
     tars = sorted(name for name in sizes if name.endswith(".tar"))
     if any(f"{name[:-4]}.index.parquet" in sizes for name in tars):
         raise UserError(
             f"{uri}: shards without {MANIFEST}, which `curate` writes last; let `curate run` "
             "finish, or copy that file too"
         )
-    if f"shards/{MANIFEST}" in sizes:
-        raise UserError(f"{uri}: a whole run; name its shards: {uri.rstrip('/')}/shards")
     if tars:
         return _scanned(storage, tars, sizes, say or _stderr)
     images = [name for name in sizes if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
     if not images:
         packed = [name for name in sizes if name.endswith((".tgz", ".tar.gz", ".tar.zst"))]
-        found = (
-            f"only packed tars such as {packed[0]}; unpack them" if packed else "nothing to read"
-        )
+        found = f"only packed tars ({packed[0]}); unpack them" if packed else "nothing to read"
         raise UserError(f"{uri}: {found}; wanted shards (*.tar) or images (*.jpg, *.png, …)")
     return ImageFolder(storage, images)
 

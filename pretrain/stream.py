@@ -22,6 +22,7 @@ from pretrain.decode import BadImage, decode
 from pretrain.errors import UserError
 from pretrain.order import Order, augmentation_rng
 from pretrain.samples import Sample, Source
+from pretrain.workers import Failure, receive
 
 REPLACEMENTS = 20  # in a row: more than chance
 READERS = {False: 1, True: 16}  # threads a worker, by whether the source is remote
@@ -45,13 +46,6 @@ class StreamConfig:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
         if not 0 <= self.max_bad_share <= 1:
             raise UserError(f"max_bad_share {self.max_bad_share}: must be from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A user's mistake that a worker met: raised again where it can be shown as one line."""
-
-    text: str
 
 
 class Batches(IterableDataset[Batch | Failure]):
@@ -152,7 +146,7 @@ class Loader:
 
     def __next__(self) -> Batch:
         began = time.monotonic()
-        batch = self._next()
+        batch = receive(self._iterator, self._cfg.workers)
         self.waited_s += time.monotonic() - began
         self.position += self._step_images
         self._count(batch)
@@ -175,21 +169,6 @@ class Loader:
                 "start anew"
             )
         return int(state["position"])
-
-    def _next(self) -> Batch:
-        try:
-            batch = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            text = " ".join(str(error).split())
-            raise UserError(
-                f"a data worker died ({text}); give the machine more memory or /dev/shm "
-                f"(docker: --shm-size), or use fewer workers than {self._cfg.workers}"
-            ) from None
-        if isinstance(batch, Failure):
-            raise UserError(batch.text)
-        return batch
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.keys)
