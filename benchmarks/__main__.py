@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import (
     components,
     copies,
+    crops,
     join,
     kmeans,
     memory,
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "scaling": lambda: scaling.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
+    "crops": lambda: crops.main([]),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
 }

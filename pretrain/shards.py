@@ -1,0 +1,261 @@
+"""WebDataset shards as a source of samples: any image of any tar by one read.
+
+`curate` writes NNNNNN.tar, NNNNNN.index.parquet and manifest.json; the manifest is enough to open
+120,000 of them, an index is read when one of its images is. Tars of other makers are scanned once.
+"""
+
+import hashlib
+import io
+import json
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pretrain.errors import UserError
+from pretrain.folder import ImageFolder
+from pretrain.samples import Ints, Sample, Source
+from pretrain.storage import Storage, open_storage
+from pretrain.tar import BLOCK, IMAGE_EXTENSIONS, TarFault, image_members, parse_header
+
+MANIFEST = "manifest.json"
+CACHED_ROWS = 1 << 20  # of indexes, about 90 bytes each
+SCANNERS = 8  # threads
+_IMAGE = rf"(?i)^[^.]+\.({'|'.join(sorted(IMAGE_EXTENSIONS))})$"
+
+
+def open_source(uri: str, say: Callable[[str], object] | None = None) -> Source:
+    """Shards of `curate`, plain WebDataset tars, or images at any depth, whichever `uri` holds.
+
+    `uri` is a folder or s3://bucket/prefix; `say` is told what takes long (default: stderr).
+    Errors: UserError when there is nothing to read, or a shard is missing, empty or damaged.
+    """
+    storage = open_storage(uri)
+    sizes = dict(storage.files())
+    if MANIFEST in sizes:
+        return _curated(storage, sizes)
+    if f"shards/{MANIFEST}" in sizes:
+        raise UserError(f"{uri}: a whole run; name its shards: {uri.rstrip('/')}/shards")
+    tars = sorted(name for name in sizes if name.endswith(".tar"))
+    if any(f"{name[:-4]}.index.parquet" in sizes for name in tars):
+        raise UserError(
+            f"{uri}: shards without {MANIFEST}, which `curate` writes last; let `curate run` "
+            "finish, or copy that file too"
+        )
+    if tars:
+        return _scanned(storage, tars, sizes, say or _stderr)
+    images = [name for name in sizes if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    if not images:
+        packed = [name for name in sizes if name.endswith((".tgz", ".tar.gz", ".tar.zst"))]
+        found = f"only packed tars ({packed[0]}); unpack them" if packed else "nothing to read"
+        raise UserError(f"{uri}: {found}; wanted shards (*.tar) or images (*.jpg, *.png, …)")
+    return ImageFolder(storage, images)
+
+
+def _stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the images of one shard lie. `members` is None where nothing but the tar names them."""
+
+    offsets: Ints  # (images,) bytes from the beginning of the tar
+    sizes: Ints  # (images,) bytes
+    members: pa.Array | None = None
+
+
+class Shards:
+    """Images of tars, in the order of the tars' names and of the members in each."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        names: Sequence[str],
+        counts: Ints,
+        index: Callable[[int], Index],
+        fingerprint: str,
+    ) -> None:
+        self.uri, self.remote = storage.uri, storage.remote
+        self.counts, self.fingerprint = counts, fingerprint
+        self._storage, self._names, self._load = storage, names, index
+        self._starts = np.cumsum(counts) - counts
+        self._cached: OrderedDict[int, Future[Index]] = OrderedDict()
+        self._cached_rows = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self._storage, self._names, self.counts, self._load, self.fingerprint)
+        return Shards, parts
+
+    def read(self, sample: int) -> Sample:
+        """The original bytes of an image, checked against its tar header. Errors: UserError."""
+        shard = int(np.searchsorted(self._starts, sample, "right")) - 1
+        row = sample - int(self._starts[shard])
+        index, name = self._index(shard), self._names[shard]
+        offset, size = int(index.offsets[row]), int(index.sizes[row])
+        block = self._storage.read(name, offset - BLOCK, BLOCK + size)
+        if len(block) < BLOCK + size:
+            raise UserError(f"{self.uri}/{name}: truncated since it was opened; copy it again")
+        try:
+            header = parse_header(block[:BLOCK])
+        except (ValueError, IndexError):
+            header = None
+        wanted = None if index.members is None else str(index.members[row]).encode()[:100]
+        if header is None or header.size != size or header.name != (wanted or header.name):
+            raise UserError(
+                f"{self.uri}/{name}: its index doesn't match it at byte {offset}; "
+                "copy both again from where they were made"
+            )
+        member = header.name.decode("utf-8", "backslashreplace")
+        folder, slash, base = member.rpartition("/")
+        return Sample(name, folder + slash + base.partition(".")[0], block[BLOCK:])
+
+    def _index(self, shard: int) -> Index:
+        """The index of a shard, read once however many threads ask for it."""
+        with self._lock:
+            future = self._cached.get(shard)
+            mine = future is None
+            if future is None:
+                future = self._cached[shard] = Future()
+                self._cached_rows += int(self.counts[shard])
+                while self._cached_rows > CACHED_ROWS and len(self._cached) > 1:
+                    dropped, _ = self._cached.popitem(last=False)
+                    self._cached_rows -= int(self.counts[dropped])
+            self._cached.move_to_end(shard)
+        if mine:
+            try:
+                future.set_result(self._load(shard))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+def _curated(storage: Storage, sizes: dict[str, int]) -> Shards:
+    """Checks the manifest against itself and against the files that are there."""
+    where = f"{storage.uri}/{MANIFEST}"
+    try:
+        manifest = json.loads(storage.read(MANIFEST))
+        rows = manifest["shards"]
+        names = [str(row["name"]) for row in rows]
+        counts = np.array([row["images"] for row in rows], np.int64)
+        tar_bytes = np.array([row["bytes"] for row in rows], np.int64)
+        digests = [str(row["sha256"]) for row in rows]
+        whole = str(manifest["hash"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise UserError(f"{where}: not a manifest as `curate` writes it; copy it again") from None
+    if hashlib.sha256("\n".join(digests).encode()).hexdigest() != whole:
+        raise UserError(f"{where}: its `hash` is not that of its shards; copy it again")
+    if not names:
+        raise UserError(f"{where}: lists no shards; there is nothing to train on")
+    for name, count, expected in zip(names, counts.tolist(), tar_bytes.tolist(), strict=True):
+        if count < 1:
+            raise UserError(f"{storage.uri}/{name}: an empty shard; remove it with `curate run`")
+        _check_file(storage, name, sizes, expected)
+    strangers = sorted({n for n in sizes if n.endswith(".tar")} - set(names))
+    if strangers:
+        raise UserError(
+            f"{storage.uri}/{strangers[0]}: not in {MANIFEST}; keep shards of other runs apart"
+        )
+    index = CuratedIndex(storage, names, counts, tar_bytes, np.array(digests, "S64"))
+    return Shards(storage, names, counts, index, whole[:16])
+
+
+def _check_file(storage: Storage, name: str, sizes: dict[str, int], expected: int) -> None:
+    for file in (name, _index_name(name)):
+        if file not in sizes:
+            raise UserError(f"{storage.uri}/{file}: missing, though {MANIFEST} lists it")
+    if sizes[name] != expected:
+        kind = "truncated" if sizes[name] < expected else "not the file that was listed"
+        raise UserError(
+            f"{storage.uri}/{name}: {kind}: {sizes[name]} bytes, {MANIFEST} says {expected}; "
+            "copy it again"
+        )
+
+
+def _index_name(tar: str) -> str:
+    return f"{tar.removesuffix('.tar')}.index.parquet"
+
+
+@dataclass(frozen=True)
+class CuratedIndex:
+    """Reads NNNNNN.index.parquet, one row a member file, and keeps the rows of images."""
+
+    storage: Storage
+    names: Sequence[str]
+    counts: Ints
+    tar_bytes: Ints
+    digests: Any  # (shards,) sha256 of each tar, in hex
+
+    def __call__(self, shard: int) -> Index:
+        name = _index_name(self.names[shard])
+        where = f"{self.storage.uri}/{name}"
+        try:
+            data = io.BytesIO(self.storage.read(name))
+            table = pq.read_table(data, columns=["member", "offset", "size"])
+            facts = {k: v.decode() for k, v in (table.schema.metadata or {}).items()}
+            table = table.filter(pc.match_substring_regex(table["member"], _IMAGE))
+            offsets = table["offset"].to_numpy().astype(np.int64)
+            sizes = table["size"].to_numpy().astype(np.int64)
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(f"{where}: can't be read ({reason}); copy it again") from None
+        listed = (self.counts[shard], self.tar_bytes[shard], self.digests[shard].decode())
+        found = tuple(facts.get(name) for name in (b"images", b"bytes", b"sha256"))
+        inside = (offsets >= BLOCK).all() and (offsets + sizes <= self.tar_bytes[shard]).all()
+        if found != tuple(map(str, listed)) or len(table) != self.counts[shard] or not inside:
+            raise UserError(
+                f"{where}: not the index of this {self.names[shard]} ({MANIFEST} says "
+                f"{listed[0]} images, {listed[1]} bytes, sha256 {listed[2][:12]}…); copy it again"
+            )
+        return Index(offsets, sizes, table["member"].combine_chunks())
+
+
+def _scanned(
+    storage: Storage, names: list[str], sizes: dict[str, int], say: Callable[[str], object]
+) -> Shards:
+    """Reads the headers of all tars. On S3 that is nearly all of their bytes."""
+    say(
+        f"{storage.uri}: no index; reading the headers of {len(names)} tars "
+        "(shards that `curate` writes open at once)"
+    )
+
+    def scan(name: str) -> tuple[Ints, Ints]:
+        try:
+            with storage.open(name) as file:
+                places = [(m.offset, m.size) for m in image_members(file, sizes[name])]
+        except TarFault as fault:
+            raise UserError(f"{storage.uri}/{name}: {fault}") from None
+        if not places:
+            raise UserError(f"{storage.uri}/{name}: an empty shard: it holds no image; remove it")
+        found = np.array(places, np.int64)
+        return found[:, 0].copy(), found[:, 1].copy()
+
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        found = list(pool.map(scan, names))
+    counts = np.array([len(offsets) for offsets, _ in found], np.int64)
+    index = ScannedIndex([Index(offsets, size) for offsets, size in found])
+    digest = hashlib.sha256()
+    for name, (offsets, lengths) in zip(names, found, strict=True):
+        for part in (os.fsencode(name), offsets.tobytes(), lengths.tobytes()):
+            digest.update(part)
+    return Shards(storage, names, counts, index, digest.hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class ScannedIndex:
+    """Offsets found by scanning, held in memory: 16 bytes an image."""
+
+    indexes: list[Index]
+
+    def __call__(self, shard: int) -> Index:
+        return self.indexes[shard]
