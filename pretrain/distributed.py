@@ -1,7 +1,15 @@
 """The process group, for the rest of the package: without one, every call is that of one rank."""
 
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.losses.centering import AllReduce
 
@@ -31,3 +39,80 @@ def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
 
 
 ALL_RANKS = AllReduce(sum=all_reduce_sum, max=all_reduce_max)
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The ranks that torchrun or Slurm started, by its environment; without them one alone."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        # gloo beside nccl: checkpoints are written from the processor, while training goes on.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend)
+    try:
+        yield
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
+def from_first(value: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
+
+
+class Spread:
+    """A model spread over the ranks: replicated (ddp) or sharded (fsdp); called as the model is."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mode: Literal["ddp", "fsdp"],
+        units: list[nn.Module],
+        dtype: torch.dtype | None,
+    ) -> None:
+        """`units` are sharded each by itself, inner ones first; `dtype`: of computing, or None."""
+        self.model, self._call = model, model
+        self._units = units if mode == "fsdp" else []
+        if world_size() == 1:
+            self._units = []
+        elif mode == "fsdp":
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            for unit in units:
+                fully_shard(unit, mp_policy=policy)
+        else:
+            self._call = DistributedDataParallel(model, broadcast_buffers=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._call(*inputs)
+
+    @contextlib.contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Gradients are summed over ranks in the `last` backward pass of a step only."""
+        for unit in self._units:
+            if isinstance(unit, FSDPModule):
+                unit.set_requires_gradient_sync(last)
+        if isinstance(self._call, DistributedDataParallel) and not last:
+            with self._call.no_sync():
+                yield
+        else:
+            yield
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A sharded value put together; any other as it is. All ranks call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's shards of values that are sharded alike."""
+    return [value.to_local() if isinstance(value, DTensor) else value for value in values]

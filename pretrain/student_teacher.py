@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
+from pretrain.distributed import local
 from pretrain.heads import HeadConfig, ProjectionHead
 from pretrain.losses.centering import ALONE, AllReduce, SoftmaxCenter, sinkhorn_knopp
 from pretrain.losses.cross_entropy import Term, soft_cross_entropy
@@ -145,8 +146,8 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, also after a skipped step."""
-        teacher: list[torch.Tensor] = list(self.teacher.parameters())
-        student: list[torch.Tensor] = list(self.student.parameters())
+        teacher = local(list(self.teacher.parameters()))
+        student = local(list(self.student.parameters()))
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 

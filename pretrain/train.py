@@ -1,0 +1,216 @@
+"""The training loop on one page: batch, losses, backward, clip, AdamW, EMA; READ FIRST.
+
+Nothing is remembered between steps but tensors and a position in the data: masks and drop path are
+drawn by (seed, iteration, batch of the step), so that a resumed run goes on as if never stopped.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pretrain import checkpoint, distributed, precision
+from pretrain.checkpoint import Progress
+from pretrain.collate import Batch as Crops
+from pretrain.collate import normalise
+from pretrain.config import Config, to_yaml
+from pretrain.crops import GLOBAL_CROPS
+from pretrain.errors import UserError
+from pretrain.masking import draw_masks
+from pretrain.param_groups import adamw, param_groups, set_rates
+from pretrain.samples import Source
+from pretrain.schedules import schedules
+from pretrain.stream import Loader, StreamConfig
+from pretrain.student_teacher import Batch, StudentTeacher, clip_gradients
+from pretrain.vit import compile_blocks
+from pretrain.watch import Watch
+
+SEEDS = 1 << 63
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where a run begins: anew, from the weights of another run, or where it was stopped."""
+
+    weights: Path | None = None  # a checkpoint
+    resumed: Path | None = None  # a checkpoint of this run
+
+
+def train(config: Config, source: Source, out: Path, begin: Begin = Begin()) -> None:
+    """Trains on the ranks that torchrun started, or alone; writes `out`. Errors: UserError."""
+    device = precision.this_device(int(os.environ.get("LOCAL_RANK", "0")))
+    with distributed.process_group(device):
+        Training(config, source, out, begin, device).run()
+
+
+class Training:
+    """A run on this rank."""
+
+    def __init__(
+        self, config: Config, source: Source, out: Path, begin: Begin, device: torch.device
+    ) -> None:
+        self.config, self.out, self.device = config, out, device
+        self.precision = precision.choose(config.parallel.precision, device)
+        self.rates = schedules(config.schedule)
+        self.images = images_per_batch(config, distributed.world_size())
+        torch.manual_seed(config.data.seed)  # the same start on every rank
+        self.model = _model(config, device)
+        self.spread = _spread(self.model, config, self.precision)
+        optimizer = config.optimizer
+        groups = param_groups(self.model.student, optimizer.layer_decay, optimizer.patch_embed_lr)
+        self.optimizer = adamw(groups, optimizer.betas)
+        self.scaler = self.precision.scaler()
+        self.iteration, data = self._begin(begin)
+        data_config = config.data
+        stream = StreamConfig(
+            self.images,
+            data_config.seed,
+            data_config.window,
+            data_config.workers,
+            data_config.max_bad_share,
+        )
+        ranks = distributed.rank(), distributed.world_size()
+        self.loader = Loader(source, config.crops, stream, *ranks, state=data)
+        self.writer = checkpoint.Writer(out, config.watch.keep)
+        if distributed.rank() == 0:
+            (out / checkpoint.CONFIG).write_text(to_yaml(config))
+        self.watch = Watch(config, out, self.iteration, self.precision)
+        self.skipped = 0  # steps in a row
+
+    def run(self) -> None:
+        """All iterations that are left; a checkpoint at the end."""
+        every = self.config.watch.checkpoint_every
+        try:
+            while self.iteration < self.config.schedule.iterations:
+                self.step()
+                self.iteration += 1
+                last = self.iteration == self.config.schedule.iterations
+                if last or (every and self.iteration % every == 0):
+                    self.save()
+                self.watch.evaluate(self.iteration, self.model)
+            self.writer.finish()
+        finally:
+            self.watch.close()
+
+    def step(self) -> None:
+        """One iteration: `accumulate` batches, one update of student and teacher."""
+        now, rates, config = self.iteration, self.rates, self.config
+        set_rates(
+            self.optimizer.param_groups,
+            rates.lr[now],
+            rates.last_layer_lr[now],
+            rates.weight_decay[now],
+        )
+        batches = config.parallel.accumulate
+        for number in range(batches):
+            crops = next(self.loader)
+            with self.spread.accumulating(last=number == batches - 1), self.precision.autocast():
+                losses = self.spread(
+                    self._batch(crops, number), float(rates.teacher_temperature[now])
+                )
+                if not self._finite(losses.total.detach()):
+                    self._skip(crops, "loss")
+                    return
+                self.scaler.scale(losses.total / batches).backward()
+            self.watch.add(losses.values, losses.total.detach())
+        self.scaler.unscale_(self.optimizer)
+        norms = clip_gradients(self.model.student, config.optimizer.clip)
+        norms = {name: distributed.whole(norm) for name, norm in norms.items()}
+        if self._finite(torch.stack(list(norms.values()))):
+            self.scaler.step(self.optimizer)
+            self.skipped = 0
+        elif not self.scaler.is_enabled():  # fp16 overflows now and then: its scale then falls
+            self._skip(crops, "gradients")
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.model.update_teacher(float(rates.momentum[now]))
+        self.watch.iteration(now, norms, self.rates, self.loader, self.scaler)
+
+    def _batch(self, crops: Crops, number: int) -> Batch:
+        """On the device; draws the masks, and seeds what drop path draws."""
+        config = self.config
+        batch = number * distributed.world_size() + distributed.rank()
+        rng = np.random.default_rng([config.data.seed, self.iteration, batch])
+        torch.manual_seed(int(rng.integers(SEEDS)))
+        grid = config.crops.global_size // config.model.patch_size
+        masks = draw_masks(GLOBAL_CROPS * self.images, grid, rng, config.masks)
+        tensors = (masks.tokens, masks.indices, masks.weights)
+        tokens, indices, weights = (t.to(self.device, non_blocking=True) for t in tensors)
+        return Batch(
+            normalise(crops.global_crops, self.device),
+            normalise(crops.local_crops, self.device),
+            masks._replace(tokens=tokens, indices=indices, weights=weights),
+        )
+
+    def _finite(self, values: torch.Tensor) -> bool:
+        """On all ranks."""
+        bad = (~torch.isfinite(values)).any().float()
+        return bool(distributed.all_reduce_max(bad) == 0)
+
+    def _skip(self, crops: Crops, what: str) -> None:
+        """Leaves a step out, keeps what it was made of, and stops when that goes on and on."""
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        name = f"{self.iteration:08d}.rank{distributed.rank()}.pt"
+        (self.out / "replay").mkdir(exist_ok=True)
+        torch.save({"iteration": self.iteration, **crops._asdict()}, self.out / "replay" / name)
+        self.watch.skip(self.iteration, what)
+        if self.skipped >= self.config.optimizer.most_skipped:
+            raise UserError(
+                f"{self.out}: {what} not finite in {self.skipped} steps in a row; the batches are "
+                f"in {self.out / 'replay'}; lower schedule.base_lr, or resume from an earlier "
+                "checkpoint"
+            )
+
+    def _begin(self, begin: Begin) -> tuple[int, dict[str, object] | None]:
+        """(iteration, position in the data)."""
+        if begin.weights is not None:
+            checkpoint.read(begin.weights, self.model)
+        if begin.resumed is None:
+            return 0, None
+        progress = checkpoint.read(begin.resumed, self.model, self.optimizer)
+        if progress.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(progress.scaler)
+        return progress.iteration, progress.data
+
+    def save(self) -> None:
+        progress = Progress(self.iteration, self.loader.state(), self.scaler.state_dict())
+        self.writer.save(self.model, self.optimizer, progress)
+
+
+def images_per_batch(config: Config, ranks: int) -> int:
+    """Images of a rank in one forward pass. Errors: UserError when they can't be shared evenly."""
+    batch, parts = config.schedule.batch, ranks * config.parallel.accumulate
+    if batch % parts:
+        raise UserError(
+            f"schedule.batch {batch}: must be a multiple of {parts} "
+            f"({ranks} ranks, parallel.accumulate {config.parallel.accumulate})"
+        )
+    return batch // parts
+
+
+def _model(config: Config, device: torch.device) -> StudentTeacher:
+    model = StudentTeacher(
+        config.model,
+        config.objective,
+        distributed.ALL_RANKS,
+        config.parallel.activation_checkpointing,
+    )
+    if config.parallel.compile:
+        for network in (model.student, model.teacher):
+            compile_blocks(network["backbone"])
+    return model.to(device).train()
+
+
+def _spread(
+    model: StudentTeacher, config: Config, chosen: precision.Precision
+) -> distributed.Spread:
+    mode = config.parallel.mode
+    if mode == "auto":
+        mode = "fsdp" if chosen.device.type == "cuda" else "ddp"
+    units = []
+    for network in (model.student, model.teacher):
+        units += [*network["backbone"].blocks, *network.values()]
+    return distributed.Spread(model, mode, units, chosen.dtype)

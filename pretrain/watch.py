@@ -1,0 +1,153 @@
+"""What a run says of itself: `metrics.jsonl` (which services read), TensorBoard, a progress bar."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pretrain import distributed
+from pretrain.config import Config
+from pretrain.knn_eval import Probe
+from pretrain.precision import Precision
+from pretrain.schedules import Schedules
+from pretrain.stream import Loader
+from pretrain.student_teacher import StudentTeacher
+
+METRICS = "metrics.jsonl"
+
+
+class Watch:
+    """Means of the last `log_every` iterations over all ranks; only rank 0 writes."""
+
+    def __init__(self, config: Config, out: Path, iteration: int, precision: Precision) -> None:
+        self._config, self._out, self._precision = config, out, precision
+        self._writes = distributed.rank() == 0
+        self._sums: dict[str, torch.Tensor] = {}
+        self._batches, self._skipped = 0, 0
+        self._since, self._waited, self._from = time.monotonic(), 0.0, iteration
+        self._probe: Probe | None = None
+        self._board = _tensorboard(out) if self._writes else None
+        if self._writes:
+            _forget(out / METRICS, iteration)
+        self._bar = tqdm(
+            total=config.schedule.iterations,
+            initial=iteration,
+            unit="it",
+            disable=not self._writes or not sys.stderr.isatty(),
+        )
+
+    def add(self, values: Mapping[str, torch.Tensor], total: torch.Tensor) -> None:
+        """Values of one batch; nothing is read from the device yet."""
+        for name, value in {"loss": total, **values}.items():
+            value = value.float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._batches += 1
+
+    def skip(self, iteration: int, what: str) -> None:
+        """A step that was left out."""
+        self._skipped += 1
+        if self._writes:
+            self._write({"iteration": iteration + 1, "skipped": what})
+
+    def iteration(
+        self,
+        now: int,
+        norms: Mapping[str, torch.Tensor],
+        rates: Schedules,
+        loader: Loader,
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """Every `log_every` iterations a line; `now` counts from 0, lines count what is done."""
+        self._bar.update()
+        every = self._config.watch.log_every
+        if not every or (now + 1) % every or not self._batches:
+            return
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / self._batches
+        means = distributed.all_reduce_sum(means) / distributed.world_size()
+        line: dict[str, Any] = {"iteration": now + 1, "epoch": self._epoch(loader)}
+        line |= dict(zip(names, means.tolist(), strict=True))
+        line |= {f"gradient_norm/{name}": float(norm) for name, norm in norms.items()}
+        line |= {name: float(values[now]) for name, values in rates._asdict().items()}
+        line |= self._speed(now + 1, loader)
+        if scaler.is_enabled():
+            line["loss_scale"] = scaler.get_scale()
+        line |= {"bad_images": sum(loader.bad.values()), "skipped_steps": self._skipped}
+        self._sums, self._batches = {}, 0
+        if self._writes:
+            self._write(line)
+            self._bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+
+    def evaluate(self, done: int, model: StudentTeacher) -> None:
+        """kNN accuracy and feature rank of the EMA teacher, every `evaluate_every` iterations."""
+        every = self._config.watch.evaluate_every
+        if not every or (done % every and done != self._config.schedule.iterations):
+            return
+        if self._probe is None:
+            self._probe = Probe.of(self._config)
+        began = time.monotonic()
+        found = self._probe.measure(model.teacher["backbone"], self._precision)
+        if self._writes:
+            self._write({"iteration": done, **found})
+        self._since += time.monotonic() - began  # is no time of training
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _speed(self, done: int, loader: Loader) -> dict[str, float]:
+        seconds = time.monotonic() - self._since
+        iterations, waited = done - self._from, loader.waited_s - self._waited
+        self._since, self._waited, self._from = time.monotonic(), loader.waited_s, done
+        found = {
+            "images_per_s": iterations * self._config.schedule.batch / seconds,
+            "step_s": seconds / iterations,
+            "data_wait": waited / seconds,
+        }
+        if self._precision.device.type == "cuda":
+            found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return found
+
+    @staticmethod
+    def _epoch(loader: Loader) -> float:
+        return loader.position / loader.samples_per_epoch
+
+    def _write(self, line: dict[str, Any]) -> None:
+        stamped = {"time": round(time.time(), 3), **line}
+        with (self._out / METRICS).open("a") as file:
+            file.write(json.dumps(stamped) + "\n")
+        if self._board is not None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, line["iteration"])
+
+
+def _forget(path: Path, iteration: int) -> None:
+    """Drops lines of steps that are done again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)
+
+
+def _tensorboard(out: Path) -> Any:
+    """A writer, where the package is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
