@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
 from pretrain import distributed
 from pretrain.errors import UserError
 from pretrain.student_teacher import StudentTeacher
+
+# One process needs no process group, and need not be told so at each checkpoint.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 FOLDER = "checkpoints"
 CONFIG = "config.yaml"
@@ -62,6 +66,7 @@ class Writer:
 
     def __init__(self, run: Path, keep: int) -> None:
         self._run, self._keep = run, keep
+        self._group = distributed.own_group()
         self._pending: tuple[Future[Any], Path, Progress] | None = None
         if distributed.rank() == 0:
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,8 @@ class Writer:
             future = dcp.async_save(
                 _state(model, optimizer),
                 checkpoint_id=partial,
-                no_dist=distributed.world_size() == 1,
+                process_group=self._group,
+                no_dist=self._group is None,
             )
         except (OSError, RuntimeError, CheckpointException) as error:
             raise _not_written(partial, error) from None

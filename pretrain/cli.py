@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +96,7 @@ _COMMANDS: dict[str, Any] = {
 
 
 def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings:
+    for warning in warnings if os.environ.get("RANK", "0") == "0" else ():
         print(f"warning: {warning}", file=sys.stderr)
 
 

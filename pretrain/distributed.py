@@ -61,13 +61,9 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def from_first(value: Any) -> Any:
-    """What rank 0 has, on every rank."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    distributed.broadcast_object_list(box)
-    return box[0]
+def own_group() -> distributed.ProcessGroup | None:
+    """A group of all ranks for what runs beside training: calls of one group keep one order."""
+    return distributed.new_group(backend="gloo") if world_size() > 1 else None
 
 
 class Spread:
@@ -90,7 +86,7 @@ class Spread:
             for unit in units:
                 fully_shard(unit, mp_policy=policy)
         else:
-            self._call = DistributedDataParallel(model, broadcast_buffers=False)
+            self._call = DistributedDataParallel(model)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._call(*inputs)
