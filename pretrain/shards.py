@@ -4,6 +4,7 @@
 120,000 of them, an index is read when one of its images is. Tars of other makers are scanned once.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -33,13 +34,18 @@ SCANNERS = 8  # threads
 _IMAGE = rf"(?i)^[^.]+\.({'|'.join(sorted(IMAGE_EXTENSIONS))})$"
 
 
-def open_source(uri: str, say: Callable[[str], object] | None = None) -> Source:
+def open_source(uri: str, say: Callable[[str], object] | None = None, check: bool = True) -> Source:
     """Shards of `curate`, plain WebDataset tars, or images at any depth, whichever `uri` holds.
 
     `uri` is a folder or s3://bucket/prefix; `say` is told what takes long (default: stderr).
-    Errors: UserError when there is nothing to read, or a shard is missing, empty or damaged.
+    `check=False` is for all ranks but the first: they needn't all list 240,000 files to find that
+    the shards in the manifest are there. Errors: UserError when there is nothing to read, or a
+    shard is missing, empty or damaged.
     """
     storage = open_storage(uri)
+    if not check:
+        with contextlib.suppress(UserError):  # no manifest, or it will be told below
+            return _curated(storage, None)
     sizes = dict(storage.files())
     if MANIFEST in sizes:
         return _curated(storage, sizes)
@@ -140,8 +146,8 @@ class Shards:
         return future.result()
 
 
-def _curated(storage: Storage, sizes: dict[str, int]) -> Shards:
-    """Checks the manifest against itself and against the files that are there."""
+def _curated(storage: Storage, sizes: dict[str, int] | None) -> Shards:
+    """Checks the manifest against itself and, if given, the bytes of each file that is there."""
     where = f"{storage.uri}/{MANIFEST}"
     try:
         manifest = json.loads(storage.read(MANIFEST))
@@ -157,28 +163,32 @@ def _curated(storage: Storage, sizes: dict[str, int]) -> Shards:
         raise UserError(f"{where}: its `hash` is not that of its shards; copy it again")
     if not names:
         raise UserError(f"{where}: lists no shards; there is nothing to train on")
-    for name, count, expected in zip(names, counts.tolist(), tar_bytes.tolist(), strict=True):
-        if count < 1:
-            raise UserError(f"{storage.uri}/{name}: an empty shard; remove it with `curate run`")
-        _check_file(storage, name, sizes, expected)
-    strangers = sorted({n for n in sizes if n.endswith(".tar")} - set(names))
-    if strangers:
-        raise UserError(
-            f"{storage.uri}/{strangers[0]}: not in {MANIFEST}; keep shards of other runs apart"
-        )
+    if counts.min() < 1:
+        name = names[int(counts.argmin())]
+        raise UserError(f"{storage.uri}/{name}: an empty shard; make the shards again")
+    if sizes is not None:
+        _check_files(storage, sizes, names, tar_bytes.tolist())
     index = CuratedIndex(storage, names, counts, tar_bytes, np.array(digests, "S64"))
     return Shards(storage, names, counts, index, whole[:16])
 
 
-def _check_file(storage: Storage, name: str, sizes: dict[str, int], expected: int) -> None:
-    for file in (name, _index_name(name)):
-        if file not in sizes:
-            raise UserError(f"{storage.uri}/{file}: missing, though {MANIFEST} lists it")
-    if sizes[name] != expected:
-        kind = "truncated" if sizes[name] < expected else "not the file that was listed"
+def _check_files(
+    storage: Storage, sizes: dict[str, int], names: list[str], tar_bytes: list[int]
+) -> None:
+    for name, expected in zip(names, tar_bytes, strict=True):
+        for file in (name, _index_name(name)):
+            if file not in sizes:
+                raise UserError(f"{storage.uri}/{file}: missing, though {MANIFEST} lists it")
+        if sizes[name] != expected:
+            kind = "truncated" if sizes[name] < expected else "not the file that was listed"
+            raise UserError(
+                f"{storage.uri}/{name}: {kind}: {sizes[name]} bytes, {MANIFEST} says {expected}; "
+                "copy it again"
+            )
+    strangers = sorted({n for n in sizes if n.endswith(".tar")} - set(names))
+    if strangers:
         raise UserError(
-            f"{storage.uri}/{name}: {kind}: {sizes[name]} bytes, {MANIFEST} says {expected}; "
-            "copy it again"
+            f"{storage.uri}/{strangers[0]}: not in {MANIFEST}; keep shards of other runs apart"
         )
 
 

@@ -6,20 +6,27 @@ import json
 import pickle
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from moto.server import ThreadedMotoServer
 from workbench import Models, Project, picture, write_pictures
 
 import pretrain.shards
+from pretrain.crops import CropConfig
 from pretrain.errors import UserError
 from pretrain.samples import Source
 from pretrain.shards import open_source
+from pretrain.storage import LocalStorage
+from pretrain.stream import Loader, StreamConfig
 
 TAKE_ALL = {"retrieve": ["as_is", {"sample": {"k": 100}}]}
 
@@ -94,6 +101,38 @@ def test_every_image_that_curate_selected_is_read_with_its_own_bytes(
     assert source.fingerprint == manifest["hash"][:16]
 
 
+@pytest.fixture
+def in_s3(curated: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The shards in a bucket, behind a real HTTP server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    client = boto3.Session().client("s3")
+    client.create_bucket(Bucket="lvd")
+    for path in (curated[0] / "shards").iterdir():
+        if path.is_file():
+            client.upload_file(str(path), "lvd", f"run/shards/{path.name}")
+    yield "s3://lvd/run/shards"
+    server.stop()
+
+
+def test_shards_in_s3_give_the_same_batches(curated: tuple[Path, Path], in_s3: str) -> None:
+    here, there = open_source(str(curated[0] / "shards")), open_source(in_s3)
+    assert read_all(there) == read_all(here)
+    assert there.fingerprint == here.fingerprint
+    crops = CropConfig(global_size=32, local_size=14, local_crops=2)
+    for workers in (0, 2):
+        cfg = StreamConfig(batch=5, workers=workers)
+        both = zip(Loader(here, crops, cfg), Loader(there, crops, cfg), strict=False)
+        for expected, found in islice(both, 6):
+            assert found.keys == expected.keys
+            assert torch.equal(found.global_crops, expected.global_crops)
+            assert torch.equal(found.local_crops, expected.local_crops)
+
+
 def test_opening_reads_no_shard_and_no_index(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **named: object) -> None:
         raise AssertionError("an index was read")
@@ -114,6 +153,19 @@ def test_many_threads_read_as_one_does_with_few_indexes_in_memory(
         assert list(pool.map(many.read, numbers)) == expected
     assert len(many._cached) == 1  # type: ignore[attr-defined]
     assert pickle.loads(pickle.dumps(many)).read(3) == one.read(3)
+
+
+def test_other_ranks_need_not_list_the_files(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = open_source(str(shards)).read(7)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "files", None)
+        assert open_source(str(shards), check=False).read(7) == expected
+    (shards / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not a manifest"):
+        open_source(str(shards), check=False)
+    (shards / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"shards without manifest.json"):
+        open_source(str(shards), check=False)
 
 
 def damage(path: Path, at: int, data: bytes) -> None:

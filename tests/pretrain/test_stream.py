@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from itertools import islice
@@ -18,7 +19,7 @@ from pretrain.crops import CropConfig
 from pretrain.errors import UserError
 from pretrain.order import Order
 from pretrain.samples import Sample
-from pretrain.stream import Loader, StreamConfig
+from pretrain.stream import Batches, Loader, StreamConfig
 
 TINY = CropConfig(global_size=8, local_size=5, local_crops=2)
 
@@ -143,6 +144,14 @@ def test_a_run_goes_on_at_the_exact_image_elsewhere(
         assert len({one.position for one in loaders}) == 1
         state = loaders[0].state()
     assert sorted(seen) == uninterrupted[: len(seen)]
+
+
+def test_the_data_set_travels_to_processes_that_are_not_forked() -> None:
+    made = Batches(Pictures(), TINY, StreamConfig(batch=3, window=10), 0, 3)
+    copy = pickle.loads(pickle.dumps(made))
+    for expected, found in islice(zip(made, copy, strict=False), 4):
+        assert isinstance(expected, Batch)
+        assert digests(expected) == digests(found)
 
 
 def test_a_state_of_another_order_is_refused() -> None:
