@@ -15,6 +15,7 @@ from benchmarks import (
     join,
     kmeans,
     memory,
+    pretrain_step,
     quality,
     retrieval,
     scaling,
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "scaling": lambda: scaling.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
+    "pretrain_step": lambda: pretrain_step.main([]),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
 }

@@ -18,8 +18,9 @@ TEMPERATURE = 0.1
 class WholeHead(nn.Module):
     """All logits of a head at once, its last layer by torch's own weight norm."""
 
-    def __init__(self, head: ProjectionHead) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        assert isinstance(head, ProjectionHead)
         self.head = head
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -85,21 +85,21 @@ class StudentTeacher(nn.Module):
     def forward(self, batch: Batch, teacher_temperature: float) -> StepLosses:
         """One step's losses; call `total.backward()` and, after the optimizer, `update_teacher`."""
         config, masks = self.objective, batch.masks
-        targets = self.targets(batch, teacher_temperature)
+        dino_targets, ibot_targets = self.targets(batch, teacher_temperature)
         seen, local = self.student["backbone"](
             [batch.global_crops, batch.local_crops], [masks.tokens, None], masks.indices
         )
-        classes, patches = torch.cat([seen.cls, local.cls]), seen.patches
-        dino = dino_terms(targets.dino, len(local.cls), config.dino_weight)
-        ibot = ibot_term(targets.ibot, masks.weights, len(seen.cls), config.ibot_weight)
+        classes = torch.cat([seen.cls, local.cls])
+        dino = dino_terms(dino_targets, len(local.cls), config.dino_weight)
+        ibot = ibot_term(ibot_targets, masks.weights, len(seen.cls), config.ibot_weight)
         if "ibot_head" in self.student:
+            ibot_loss, patch = self._cross_entropy("ibot_head", seen.patches, (ibot,))
+            del ibot, ibot_targets  # as large as the other head's prototypes and gradients
             dino_loss, each = self._cross_entropy("dino_head", classes, dino)
-            ibot_loss, patch = self._cross_entropy("ibot_head", patches, (ibot,))
             cross_entropy, each = dino_loss + ibot_loss, torch.cat([each, patch])
         else:
-            cross_entropy, each = self._cross_entropy(
-                "dino_head", torch.cat([classes, patches]), (*dino, ibot)
-            )
+            tokens = torch.cat([classes, seen.patches])
+            cross_entropy, each = self._cross_entropy("dino_head", tokens, (*dino, ibot))
         # Each view apart: two views of one image are not to be pushed from each other.
         koleo = torch.stack([koleo_loss(view) for view in seen.cls.chunk(2)]).sum()
         total = cross_entropy + config.koleo_weight * koleo
@@ -107,7 +107,7 @@ class StudentTeacher(nn.Module):
         unweighted = (each / weights).unbind()
         values = dict(zip(("dino_global", "dino_local", "ibot"), unweighted, strict=True))
         values["koleo"] = koleo.detach()
-        return StepLosses(total, values | _diagnostics(targets.dino))
+        return StepLosses(total, values | _diagnostics(dino_targets))
 
     @torch.no_grad()
     def targets(self, batch: Batch, temperature: float) -> Targets:
