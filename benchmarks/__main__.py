@@ -16,6 +16,7 @@ from benchmarks import (
     join,
     kmeans,
     memory,
+    pretrain_step,
     quality,
     retrieval,
     scaling,
@@ -36,6 +37,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
     "crops": lambda: crops.main([]),
+    "pretrain_step": lambda: pretrain_step.main([]),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
 }

@@ -9,17 +9,57 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.heads import ProjectionHead
+from pretrain.layers import Attention, Block
 from pretrain.losses.koleo import koleo_loss
 from pretrain.student_teacher import Batch, StudentTeacher
+from pretrain.vit import ViT
 
 TEMPERATURE = 0.1
+
+
+def embedded(vit: nn.Module, crops: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 1 + N, D); for models without registers."""
+    assert isinstance(vit, ViT)
+    patches = vit.patch_embed.proj(crops)
+    position = vit._positions(*patches.shape[2:])
+    patches = patches.flatten(2).transpose(1, 2)
+    if mask is not None:
+        patches = torch.where(mask[..., None], vit.mask_token, patches)
+    x = torch.cat([vit.cls_token.expand(len(crops), -1, -1), patches], dim=1)
+    return torch.as_tensor(x + position)
+
+
+def backbone(
+    vit: nn.Module, crops: list[torch.Tensor], masks: list[torch.Tensor | None]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(class tokens, patches) of each size; every activation is kept for the backward pass."""
+    assert isinstance(vit, ViT)
+    out = []
+    for x in (embedded(vit, crop, mask) for crop, mask in zip(crops, masks, strict=True)):
+        for block in vit.blocks:
+            assert isinstance(block, Block)
+            x = x + block.ls1(attention(block.attn, block.norm1(x)))
+            hidden = functional.gelu(block.mlp.fc1(block.norm2(x)))
+            x = x + block.ls2(block.mlp.fc2(hidden))
+        x = vit.norm(x)
+        out.append((x[:, 0], x[:, 1:].flatten(0, 1)))
+    return out
+
+
+def attention(layer: Attention, x: torch.Tensor) -> torch.Tensor:
+    images, length, width = x.shape
+    qkv = layer.qkv(x).reshape(images, length, 3, layer.heads, width // layer.heads)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    mixed = functional.scaled_dot_product_attention(q, k, v)
+    return torch.as_tensor(layer.proj(mixed.transpose(1, 2).reshape(images, length, width)))
 
 
 class WholeHead(nn.Module):
     """All logits of a head at once, its last layer by torch's own weight norm."""
 
-    def __init__(self, head: ProjectionHead) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
+        assert isinstance(head, ProjectionHead)
         self.head = head
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,24 +103,23 @@ class PlainStep:
         masks = batch.masks
         count = len(masks.indices)
         with torch.no_grad():
-            seen = self.model.teacher["backbone"]([batch.global_crops])[0]
-            classes = torch.cat(seen.cls.chunk(2)[::-1])
-            patches = padded(seen.patches.flatten(0, 1)[masks.indices], masks.upper_bound)
-            dino = sinkhorn(self.teacher[0](classes), temperature).chunk(2)
+            teacher, student = self.model.teacher["backbone"], self.model.student["backbone"]
+            ((tokens, patches),) = backbone(teacher, [batch.global_crops], [None])
+            patches = padded(patches[masks.indices], masks.upper_bound)
+            dino = sinkhorn(self.teacher[0](torch.cat(tokens.chunk(2)[::-1])), temperature).chunk(2)
             ibot = sinkhorn(self.teacher[1](patches)[:count], temperature)
-        backbone = self.model.student["backbone"]
-        seen = backbone([batch.global_crops], [masks.tokens])[0]
-        local = backbone([batch.local_crops])[0]
-        patches = padded(seen.patches.flatten(0, 1)[masks.indices], masks.upper_bound)
+        crops, seen_by = [batch.global_crops, batch.local_crops], [masks.tokens, None]
+        (classes, patches), (local, _) = backbone(student, crops, seen_by)
+        patches = padded(patches[masks.indices], masks.upper_bound)
         by_patch = self.student[1](patches)[:count]
-        logits = self.student[0](torch.cat([local.cls, seen.cls]))
-        by_local, by_global = logits.split([len(local.cls), len(seen.cls)])
+        logits = self.student[0](torch.cat([local, classes]))
+        by_local, by_global = logits.split([len(local), len(classes)])
         views = by_local.chunk(len(by_local) // len(dino[0]))
         terms = 2 + 2 * len(views)
         loss = sum(cross_entropy(t, s).mean() for s in views for t in dino) / terms
         loss = loss + cross_entropy(torch.cat(dino), by_global).mean() * 2 / terms
         loss = loss + (cross_entropy(ibot, by_patch) * masks.weights).sum() / len(masks.tokens)
-        spread = sum(koleo_loss(view) for view in seen.cls.chunk(2))
+        spread = sum(koleo_loss(view) for view in classes.chunk(2))
         return torch.as_tensor(loss + 0.1 * spread)
 
     @torch.no_grad()

@@ -109,6 +109,6 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def local(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def shards_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """This rank's shards of values that are sharded alike."""
     return [value.to_local() if isinstance(value, DTensor) else value for value in values]

@@ -66,7 +66,6 @@ class ProjectionHead(nn.Module):
 
 
 def normalised(weight_v: torch.Tensor, weight_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g v / |v| (K, d) in v's dtype, its fp32 factor g / |v| (K, 1))."""
+    """(g v / |v| (K, d) in v's dtype, |v| (K, 1) in fp32)."""
     length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
-    factor = weight_g / length
-    return (weight_v * factor).to(weight_v.dtype), factor
+    return (weight_v * (weight_g / length)).to(weight_v.dtype), length

@@ -47,10 +47,10 @@ def draw_masks(
     rng.shuffle(tokens)
     flat = torch.from_numpy(tokens.reshape(images, patches))
     bound = sum(int(patches * high) for high in edges[1:])
-    return locate(flat, bound)
+    return _locate(flat, bound)
 
 
-def locate(tokens: torch.Tensor, upper_bound: int) -> Masks:
+def _locate(tokens: torch.Tensor, upper_bound: int) -> Masks:
     """The indices and weights of (2B, N) masks."""
     count = tokens.sum(dim=1, keepdim=True).clamp(min=1)
     weights = (1 / count).expand_as(tokens)[tokens]

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from pretrain.distributed import local
+from pretrain.distributed import shards_of
 from pretrain.heads import HeadConfig, ProjectionHead
 from pretrain.losses.centering import ALONE, AllReduce, SoftmaxCenter, sinkhorn_knopp
 from pretrain.losses.cross_entropy import Term, soft_cross_entropy
@@ -86,21 +86,21 @@ class StudentTeacher(nn.Module):
     def forward(self, batch: Batch, teacher_temperature: float) -> StepLosses:
         """One step's losses; call `total.backward()` and, after the optimizer, `update_teacher`."""
         config, masks = self.objective, batch.masks
-        targets = self.targets(batch, teacher_temperature)
+        dino_targets, ibot_targets = self.targets(batch, teacher_temperature)
         seen, local = self.student["backbone"](
             [batch.global_crops, batch.local_crops], [masks.tokens, None], masks.indices
         )
-        classes, patches = torch.cat([seen.cls, local.cls]), seen.patches
-        dino = dino_terms(targets.dino, len(local.cls), config.dino_weight)
-        ibot = ibot_term(targets.ibot, masks.weights, len(seen.cls), config.ibot_weight)
+        classes = torch.cat([seen.cls, local.cls])
+        dino = dino_terms(dino_targets, len(local.cls), config.dino_weight)
+        ibot = ibot_term(ibot_targets, masks.weights, len(seen.cls), config.ibot_weight)
         if "ibot_head" in self.student:
+            ibot_loss, patch = self._cross_entropy("ibot_head", seen.patches, (ibot,))
+            del ibot, ibot_targets  # as large as the other head's prototypes and gradients
             dino_loss, each = self._cross_entropy("dino_head", classes, dino)
-            ibot_loss, patch = self._cross_entropy("ibot_head", patches, (ibot,))
             cross_entropy, each = dino_loss + ibot_loss, torch.cat([each, patch])
         else:
-            cross_entropy, each = self._cross_entropy(
-                "dino_head", torch.cat([classes, patches]), (*dino, ibot)
-            )
+            tokens = torch.cat([classes, seen.patches])
+            cross_entropy, each = self._cross_entropy("dino_head", tokens, (*dino, ibot))
         # Each view apart: two views of one image are not to be pushed from each other.
         koleo = torch.stack([koleo_loss(view) for view in seen.cls.chunk(2)]).sum()
         total = cross_entropy + config.koleo_weight * koleo
@@ -108,7 +108,7 @@ class StudentTeacher(nn.Module):
         unweighted = (each / weights).unbind()
         values = dict(zip(("dino_global", "dino_local", "ibot"), unweighted, strict=True))
         values["koleo"] = koleo.detach()
-        return StepLosses(total, values | _diagnostics(targets.dino))
+        return StepLosses(total, values | _diagnostics(dino_targets))
 
     @torch.no_grad()
     def targets(self, batch: Batch, temperature: float) -> Targets:
@@ -146,8 +146,8 @@ class StudentTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """teacher = momentum * teacher + (1 - momentum) * student, also after a skipped step."""
-        teacher = local(list(self.teacher.parameters()))
-        student = local(list(self.student.parameters()))
+        teacher = shards_of(list(self.teacher.parameters()))
+        student = shards_of(list(self.student.parameters()))
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -36,7 +36,7 @@ class ViTConfig:
         return self.image_size // self.patch_size
 
 
-VIT_SIZES: dict[str, dict[str, int | str]] = {
+VIT_SIZES: dict[str, dict[str, Any]] = {  # arguments of ViTConfig
     "small": {"width": 384, "depth": 12, "heads": 6},
     "base": {"width": 768, "depth": 12, "heads": 12},
     "large": {"width": 1024, "depth": 24, "heads": 16},
@@ -70,7 +70,8 @@ class PatchEmbed(nn.Module):
         ]
         tokens = functional.linear(torch.cat(rows), self.proj.weight.flatten(1), self.proj.bias)
         parts = torch.split(tokens, [b * h * w for b, h, w in shapes])
-        return [t.view(b, h * w, -1) for t, (b, h, w) in zip(parts, shapes, strict=True)]
+        width = tokens.shape[1]
+        return [t.view(b, h * w, width) for t, (b, h, w) in zip(parts, shapes, strict=True)]
 
 
 class ViT(nn.Module):
@@ -212,7 +213,7 @@ class ViT(nn.Module):
         tokens = []
         parts = torch.split(x, [sequences * length for sequences, length in groups])
         for part, (sequences, length) in zip(parts, groups, strict=True):
-            whole, first = part.view(sequences, length, -1), 1 + self.config.registers
+            whole, first = part.view(sequences, length, x.shape[1]), 1 + self.config.registers
             tokens.append(Tokens(whole[:, 0], whole[:, 1:first], whole[:, first:]))
         return tokens
 

@@ -26,7 +26,7 @@ ALONE = AllReduce()
 def sinkhorn_knopp(
     logits: torch.Tensor, temperature: float, iterations: int = 3, reduce: AllReduce = ALONE
 ) -> torch.Tensor:
-    """(M, K) scores of this rank -> (M, K) fp32 targets whose rows sum to 1.
+    """(M, K) scores of this rank, overwritten -> (M, K) fp32 targets whose rows sum to 1.
 
     DINOv2's Sinkhorn-Knopp over the rows of all ranks; they may have unlike numbers of rows, also
     none. The matrix is never rewritten between iterations: it is diag(rows) E diag(columns), and
@@ -35,7 +35,7 @@ def sinkhorn_knopp(
     softmax, so that no score overflows; what it took from a row is given back in `rows`.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        scores = logits.float() / temperature
+        scores = logits.float().div_(temperature)
         exponentials = torch.softmax(scores, dim=1)
         # log sum exp by row, from the largest entry: log p = score - lse
         lse = scores.amax(dim=1) - exponentials.amax(dim=1).log()
@@ -69,7 +69,7 @@ class SoftmaxCenter(nn.Module):
         The mean is over the rows of all ranks, so that their number makes no difference.
         """
         logits = logits.float()
-        targets = torch.softmax((logits - self.center) / temperature, dim=1)
+        targets = torch.softmax((logits - self.center).div_(temperature), dim=1)
         total = torch.cat([logits.sum(dim=0), logits.new_tensor([len(logits)])])
         total = reduce.sum(total)
         self.center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - self.momentum)

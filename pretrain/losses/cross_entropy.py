@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.heads import normalised
 
-CHUNK_BYTES = 64 << 20  # of fp32 logits: small beside a step's activations, large beside a cache
+CHUNK_BYTES = 48 << 20  # of fp32 logits: small beside a step's activations, large beside a cache
+BLOCK = 16_384  # prototypes
 HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
 HALF_ROWS = 256
 
@@ -63,11 +64,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         device = features.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         with torch.autocast(device, enabled=False):
-            weight, factor = normalised(weight_v, weight_g)
+            weight, length = normalised(weight_v, weight_g)
             work = _Accumulator(features, weight.to(dtype or weight.dtype), temperature, rows)
             losses = torch.stack([work.add(term) for term in terms])
-            by_v, by_g = _through_norm(work.by_weight, weight, weight_g, factor)
-        ctx.save_for_backward(work.by_features, by_v, by_g)
+            by_g = _through_norm(work.by_weight, weight_v, weight_g, length)
+        ctx.save_for_backward(work.by_features, work.by_weight, by_g)
         ctx.dtypes = (features.dtype, weight_v.dtype, weight_g.dtype)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -115,7 +116,9 @@ class _Accumulator:
         log_p = torch.log_softmax(logits, dim=1)
         del logits
         targets = term.targets(start, stop)
-        loss: torch.Tensor = -(torch.linalg.vecdot(targets, log_p) @ weights[:, 0])
+        # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
+        by_row = torch.bmm(targets[:, None], log_p[:, :, None]).view(-1)
+        loss: torch.Tensor = -(by_row @ weights[:, 0])
         by_logits = log_p.exp_()
         if term.mass != 1:
             by_logits.mul_(term.mass)
@@ -138,11 +141,14 @@ class _Accumulator:
 
 
 def _through_norm(
-    by_weight: torch.Tensor, weight: torch.Tensor, weight_g: torch.Tensor, factor: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients by v and g of w = g v / |v|, from that by w, which is overwritten."""
-    weight = weight.float()
-    # w . dw / g = v . dw / |v|
-    by_g = torch.linalg.vecdot(weight, by_weight)[:, None] / weight_g
-    by_weight.addcmul_(weight, by_g / weight_g, value=-1)
-    return by_weight.mul_(factor), by_g
+    by_weight: torch.Tensor, weight_v: torch.Tensor, weight_g: torch.Tensor, length: torch.Tensor
+) -> torch.Tensor:
+    """Turns the gradient by w = g v / |v| into that by v, in place, and returns that by g."""
+    by_g = torch.empty_like(length)
+    for start in range(0, len(by_weight), BLOCK):  # else a third matrix of this size
+        block = slice(start, start + BLOCK)
+        v, by_w, inverse = weight_v[block].float(), by_weight[block], 1 / length[block]
+        along = (v * by_w).sum(dim=1, keepdim=True) * inverse
+        by_g[block] = along
+        by_w.addcmul_(v, along * inverse, value=-1).mul_(weight_g[block] * inverse)
+    return by_g

@@ -9,7 +9,7 @@ from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
 
 from pretrain.layers import draw_kept
-from pretrain.vit import ViT, ViTConfig, compile_blocks
+from pretrain.vit import VIT_SIZES, ViT, ViTConfig, compile_blocks
 from pretrain.weights import from_timm
 
 SMALL = ViTConfig(width=32, depth=2, heads=2, image_size=84, registers=2)
@@ -49,7 +49,7 @@ def test_tokens_are_those_of_timm(name: str) -> None:
     randomised(theirs).eval()
     ours = ViT(config).eval()
     ours.load_state_dict(from_timm(theirs.state_dict()))
-    crops = [images(2, 98), images(1, 224), images(1, 518)]
+    crops = [images(1, 98), images(1, 224), images(1, 518)]
     with torch.inference_mode():
         for crop, tokens in zip(crops, ours(crops), strict=True):
             expected = theirs.forward_features(crop)
@@ -96,12 +96,12 @@ def test_drop_path_keeps_the_residual_in_expectation() -> None:
         groups = ((5, 39),)
         x, _ = model._embed([crop], [None])
         block = model.blocks[0]
-        whole = x + block.ls1(block.attn(block.norm1(x), groups))
+        whole = x + block.ls1(block.attn(x, block.norm1, groups))
         torch.manual_seed(0)
         mean = torch.zeros_like(x)
         for _ in range(400):
             kept = draw_kept(groups, 0.4, x.device)
-            part = block.ls1(block.attn(block.norm1(x[kept.tokens]), kept.groups))
+            part = block.ls1(block.attn(x[kept.tokens], block.norm1, kept.groups))
             mean += x.index_add(0, kept.tokens, part * kept.scale) / 400
     assert (mean - whole).abs().mean() < 0.1 * (whole - x).abs().mean()
 
@@ -126,6 +126,21 @@ def test_attention_and_ffn_drop_different_sequences() -> None:
     model([images(8, 84)])
     attention, ffn = drawn[0]
     assert set(attention.tokens.tolist()) != set(ffn.tokens.tolist())
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("registers", [0, 2])
+def test_asked_for_tokens_are_those_of_the_whole(registers: int, drop_path: float) -> None:
+    model = randomised(ViT(replace(SMALL, registers=registers, drop_path=drop_path)))
+    crops, asked = [images(3, 84), images(2, 42)], torch.tensor([0, 5, 40, 41, 107])
+    torch.manual_seed(0)
+    whole = model(crops)
+    torch.manual_seed(0)
+    part = model(crops, patches=asked)
+    for found, expected in zip(part, whole, strict=True):
+        assert torch.allclose(found.cls, expected.cls, atol=1e-5)
+    assert torch.allclose(part[0].patches, whole[0].patches.flatten(0, 1)[asked], atol=1e-5)
+    assert part[1].patches.numel() == part[0].registers.numel() == 0
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
@@ -166,5 +181,6 @@ def test_initial_weights_are_the_official_ones() -> None:
 
 def test_the_gated_hidden_width_of_vit_g_is_4096() -> None:
     with torch.device("meta"):
-        block = ViT(ViTConfig(width=1536, depth=1, heads=24, ffn="swiglu")).blocks[0]
-    assert block.mlp.w12.weight.shape == (8192, 1536)
+        model = ViT(ViTConfig(**VIT_SIZES["giant"]))
+    assert model.blocks[0].mlp.w12.weight.shape == (8192, 1536)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.136e9, rel=0.01)
