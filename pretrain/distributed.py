@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from pretrain.losses.centering import AllReduce
+
+# The backbone gives its tokens by kind, as views of one matrix, and nobody writes into them.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def world_size() -> int:
@@ -84,7 +88,8 @@ class Spread:
         elif mode == "fsdp":
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
             for unit in units:
-                fully_shard(unit, mp_policy=policy)
+                # Always: the teacher has no backward pass after which it would be sharded again.
+                fully_shard(unit, mp_policy=policy, reshard_after_forward=True)
         else:
             self._call = DistributedDataParallel(model)
 
