@@ -6,7 +6,7 @@ for the same rows, however they are cut and on however many threads: assignments
 the assignments are: the bytes then depend on the blocks as well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,18 +14,15 @@ import numba
 import numpy as np
 
 from curation.algorithms.groups import make_assigner
-from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
+from curation.algorithms.lloyd import Assign, Blocks, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import (
-    Doubles,
     Floats,
     Ints,
+    as_rows,
     check_finite,
     each_tile,
-    exact_dot,
 )
 
-Assign = Callable[[Floats, Floats], tuple[Ints, Floats]]
-Blocks = Callable[[], Iterable[Floats]]
 Note = Callable[[Clustering], Any]
 
 UNIT = 0.02  # how far the square of a unit row may be from 1: fp16 rows are off by 1e-3
@@ -85,41 +82,12 @@ def fit_blocks(
     return lloyd(Clustering(start, ()), sweep, iterations, metric, note)
 
 
-class BlockSweep:
-    """A sweep for `lloyd` over blocks; only rows that change their cluster cost sums."""
-
-    def __init__(
-        self, blocks: Blocks, metric: Metric, make_assigner: Callable[[bool], Assign]
-    ) -> None:
-        self._blocks, self._metric, self._make_assigner = blocks, metric, make_assigner
-        self._assigners: list[Assign] = []
-        self._clusters: list[Ints] = []
-        self._totals: Totals | None = None
-
-    def __call__(self, centroids: Floats) -> Totals:
-        """The totals of all rows, valid until the next call."""
-        totals = self._totals or Totals.empty(*centroids.shape)
-        totals.objective = 0
-        for number, block in enumerate(self._blocks()):
-            rows = _as_rows(block)
-            if number == len(self._assigners):
-                self._assigners.append(self._make_assigner(self._metric.spherical))
-                self._clusters.append(np.full(len(rows), -1))
-            cluster, score = self._assigners[number](rows, centroids)
-            totals.move(rows, self._clusters[number], cluster, self._metric)
-            totals.score(rows, score, self._metric)
-            self._clusters[number] = cluster
-        self._totals = totals
-        return totals
-
-
 def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
     """How many rows there are, and a metric for them. Raises ValueError, see `fit_blocks`."""
     count, longest = 0, 0.0
     for block in blocks():
-        rows = _as_rows(block)
-        check_finite(rows)
-        squares = _squares(rows)
+        rows = as_rows(block)
+        squares = check_finite(rows)
         off = np.flatnonzero(np.abs(squares - 1) > UNIT)
         if spherical and len(off):
             shown = ", ".join(map(str, off[:5]))
@@ -145,19 +113,12 @@ def start_rows(
     return rows if how == "random" else rows[_plus_plus(rows, k, rng)]
 
 
-def _as_rows(block: Floats) -> Floats:
-    rows = np.ascontiguousarray(block, np.float32)
-    if rows.ndim != 2:
-        raise ValueError(f"rows must be an array (n, D), got one of shape {rows.shape}")
-    return rows
-
-
 def _taken(blocks: Blocks, positions: Ints) -> Floats:
     """The rows at rising positions over all blocks."""
     found, start = [], 0
     for block in blocks():
         low, high = np.searchsorted(positions, [start, start + len(block)])
-        found.append(_as_rows(block)[positions[low:high] - start])
+        found.append(as_rows(block)[positions[low:high] - start])
         start += len(block)
     return np.concatenate(found)
 
@@ -202,11 +163,3 @@ def _squared_distances(start: int, stop: int, rows: Floats, points: Floats, out:
                 apart = rows[i, d] - points[p, d]
                 total += apart * apart
             out[p, i] = total
-
-
-@numba.njit(nogil=True, cache=True)
-def _squares(rows: Floats) -> Doubles:
-    squares = np.empty(rows.shape[0])
-    for i in range(rows.shape[0]):
-        squares[i] = exact_dot(rows[i], rows[i])
-    return squares

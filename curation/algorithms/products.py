@@ -21,6 +21,7 @@ Ids = npt.NDArray[np.int32]
 # thousand dimensions; bf16 keeps 8 bits of each factor and of the result.
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
+SQUARES_TILE = 8192
 CHUNK = 32  # scores whose largest is looked at before any of them
 
 _scratch = threading.local()
@@ -101,14 +102,37 @@ def each(count: int, work: Callable[[int], None]) -> None:
         torch.set_num_threads(before)
 
 
-def check_finite(rows: Floats) -> None:
-    """Raises ValueError that names the first rows (n, D) with NaN or infinity."""
-    bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", rows, rows)))
+def as_rows(block: npt.ArrayLike) -> Floats:
+    """The block as fp32 rows (n, D). Raises ValueError for another shape."""
+    rows = np.ascontiguousarray(block, np.float32)
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be an array (n, D), got one of shape {rows.shape}")
+    return rows
+
+
+def square_norms(rows: Floats) -> Doubles:
+    """The square (n,) of each row's norm."""
+    found = np.empty(len(rows))
+    each_tile(len(rows), SQUARES_TILE, lambda a, b: _square_norms(a, b, rows, found))
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _square_norms(start: int, stop: int, rows: Floats, found: Doubles) -> None:
+    for i in range(start, stop):
+        found[i] = exact_dot(rows[i], rows[i])
+
+
+def check_finite(rows: Floats) -> Doubles:
+    """The squares (n,) of rows (n, D). Raises ValueError that names those with NaN or infinity."""
+    found = square_norms(rows)
+    bad = np.flatnonzero(~np.isfinite(found))
     if len(bad):
         shown = ", ".join(map(str, bad[:5]))
         raise ValueError(
             f"{len(bad)} of {len(rows)} vectors are not finite (rows {shown}); leave them out"
         )
+    return found
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
