@@ -128,7 +128,9 @@ def remember(
         for slot in range(width):
             j = at[slot]
             known.near[i, slot] = j
-            known.score[i, slot] = fast_dot(rows[i], to.centroids[j]) + to.small[j]
+            known.score[i, slot] = best[slot]
+            if call.fast_slack > call.slack:  # the products were rounded
+                known.score[i, slot] = fast_dot(rows[i], to.centroids[j]) + to.small[j]
         known.looked[i], known.searched[i], known.spent[i] = call.now, call.now, 0
         _settle_row(i, rows, to, known, call.slack)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
+from curation.algorithms.assign import Assigner
 from curation.algorithms.groups import make_assigner
 from curation.algorithms.lloyd import Assign, Blocks, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import (
@@ -28,6 +29,10 @@ Note = Callable[[Clustering], Any]
 UNIT = 0.02  # how far the square of a unit row may be from 1: fp16 rows are off by 1e-3
 SEEDING_ROWS = 32  # rows a centroid that k-means++ chooses from
 SEEDING_TILE = 4096
+SETTLING_ROWS = 64  # a centroid
+LEAST_SETTLING = 16  # of them, else it isn't worth it
+SETTLING_MOST = 262_144  # rows
+SETTLING_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Options:
 
     `start`: `random` rows, or `k-means++`, which finds small far groups and ignores copies. It
     costs 32 k^2 (2 + ln k) distances one centroid after the other: sensible up to k = 2,000 or so.
+    Random ones first settle on a sample of 64 rows a centroid, if that is less than half of all:
+    centroids move most in the first iterations, and with all rows those cost most.
     `make_assigner(spherical)` makes what finds the nearest centroids of one block, call after call.
     """
 
@@ -77,7 +84,7 @@ def fit_blocks(
     (zeros as well: they have no direction).
     """
     count, metric = look(blocks, options.spherical)
-    start = start_rows(blocks, count, k, rng, options.start)
+    start = first_centroids(blocks, count, k, rng, options.start, metric)
     sweep = BlockSweep(blocks, metric, options.make_assigner)
     return lloyd(Clustering(start, ()), sweep, iterations, metric, note)
 
@@ -101,16 +108,26 @@ def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
     return count, Metric() if spherical else Metric.plain(float(np.sqrt(longest)))
 
 
-def start_rows(
-    blocks: Blocks, count: int, k: int, rng: np.random.Generator, how: str = "random"
+def first_centroids(
+    blocks: Blocks, count: int, k: int, rng: np.random.Generator, how: str, metric: Metric
 ) -> Floats:
-    """min(k, count) of the `count` rows of all blocks, to start from: see `Options`."""
+    """min(k, count) centroids for the `count` rows of all blocks to start from: see `Options`."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     k = min(k, count)
-    drawn = k if how == "random" else min(SEEDING_ROWS * k, count)
-    rows = _taken(blocks, np.sort(rng.choice(count, drawn, replace=False)))
-    return rows if how == "random" else rows[_plus_plus(rows, k, rng)]
+    if how == "k-means++":
+        drawn = min(SEEDING_ROWS * k, count)
+        rows = _taken(blocks, np.sort(rng.choice(count, drawn, replace=False)))
+        return rows[_plus_plus(rows, k, rng)]
+    per_centroid = min(SETTLING_ROWS, SETTLING_MOST // k)
+    settles = LEAST_SETTLING <= per_centroid < count / k / 2
+    positions = rng.choice(count, k * per_centroid if settles else k, replace=False)
+    rows = _taken(blocks, np.sort(positions))
+    if not settles:
+        return rows
+    begin = Clustering(rows[np.sort(rng.choice(len(rows), k, replace=False))], ())
+    sweep = BlockSweep(lambda: [rows], metric, Assigner)
+    return lloyd(begin, sweep, SETTLING_ITERATIONS, metric).centroids
 
 
 def _taken(blocks: Blocks, positions: Ints) -> Floats:

@@ -118,7 +118,8 @@ def fit(
         if start is None:
             rng = np.random.default_rng(cfg.seed)
             count = sum(one.rows for one in slices)
-            start = Clustering(kmeans.start_rows(blocks, count, cfg.k, rng, cfg.start), ())
+            first = kmeans.first_centroids(blocks, count, cfg.k, rng, cfg.start, METRIC)
+            start = Clustering(first, ())
             _keep(start, store)
         fitted = lloyd(start, sweep, cfg.iterations, METRIC, note)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)

@@ -13,8 +13,8 @@ from test_knn import unit
 
 from curation.algorithms import assign as assigning
 from curation.algorithms.assign import NEAR, Assigner, assign
-from curation.algorithms.kmeans import Options, fit, fit_blocks, look, start_rows
-from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
+from curation.algorithms.kmeans import Options, first_centroids, fit, fit_blocks, look
+from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, Totals, lloyd
 from curation.algorithms.products import Floats, Ints
 
 PLAIN = Options(spherical=False)
@@ -123,8 +123,8 @@ def test_bounds_hold_for_centroids_that_wander_and_come_back(
 def test_iterations_are_those_of_brute_force(spherical: bool) -> None:
     rows = unit(900, 16, 2) * (1 if spherical else 3)
     options = Options(spherical)
-    count, _ = look(lambda: [rows], spherical)
-    start = start_rows(lambda: [rows], count, 9, np.random.default_rng(1))
+    count, metric = look(lambda: [rows], spherical)
+    start = first_centroids(lambda: [rows], count, 9, np.random.default_rng(1), "random", metric)
     result = fit(rows, 9, 8, np.random.default_rng(1), options)
     expected = brute_force(rows, start, len(result.objective), spherical)
     np.testing.assert_allclose(result.centroids, expected, atol=1e-6)
@@ -135,7 +135,9 @@ def test_iterations_are_those_of_brute_force(spherical: bool) -> None:
 @pytest.mark.parametrize("spherical", [True, False])
 def test_the_objective_is_that_of_faiss_from_the_same_start(spherical: bool) -> None:
     rows = unit(4000, 32, 3) * (1 if spherical else 7)
-    start = start_rows(lambda: [rows], len(rows), 40, np.random.default_rng(0))
+    metric = look(lambda: [rows], spherical)[1]
+    rng = np.random.default_rng(0)
+    start = first_centroids(lambda: [rows], len(rows), 40, rng, "random", metric)
     ours = fit(rows, 40, 25, np.random.default_rng(0), Options(spherical)).centroids
     theirs = faiss.Kmeans(32, 40, niter=25, spherical=spherical, max_points_per_centroid=1000)
     theirs.train(rows, init_centroids=start)
@@ -155,12 +157,12 @@ def test_blocks_threads_and_assigners_give_the_same_bytes(options: Options) -> N
         rows = rows * np.random.default_rng(0).uniform(0.1, 5, (3000, 1)).astype(np.float32)
 
     def run(blocks: Callable[[], Iterable[Floats]], options: Options) -> Clustering:
-        return fit_blocks(blocks, 40, 9, np.random.default_rng(7), options)
+        return fit_blocks(blocks, 20, 9, np.random.default_rng(7), options)
 
-    whole = fit(rows, 40, 9, np.random.default_rng(7), options)
+    whole = fit(rows, 20, 9, np.random.default_rng(7), options)
     for size in (1, 700, 2999):
         assert same(run(cut(rows[:200] if size == 1 else rows, size), options), whole) or size == 1
-    few = fit(rows[:200], 40, 9, np.random.default_rng(7), options)
+    few = fit(rows[:200], 20, 9, np.random.default_rng(7), options)
     assert same(run(cut(rows[:200], 1), options), few)
     torch.set_num_threads(2)
     assert same(run(cut(rows, 1300), options), whole)
@@ -169,7 +171,17 @@ def test_blocks_threads_and_assigners_give_the_same_bytes(options: Options) -> N
         return lambda rows, centroids: assign(rows, centroids, spherical)[0]
 
     assert same(run(cut(rows, 1300), Options(options.spherical, options.start, afresh)), whole)
-    assert not same(fit(rows, 40, 9, np.random.default_rng(8), options), whole)
+    assert not same(fit(rows, 20, 9, np.random.default_rng(8), options), whole)
+
+
+def test_random_rows_settle_on_a_sample_first() -> None:
+    """Ten cheap iterations are worth more than the first one with all rows."""
+    rows, rng = unit(20_000, 16, 4), np.random.default_rng(0)
+    settled = fit(rows, 50, 2, rng)
+    from_rows = lloyd(
+        Clustering(rows[:50], ()), BlockSweep(lambda: [rows], Metric(), Assigner), 2, Metric()
+    )
+    assert settled.objective[0] > from_rows.objective[1]
 
 
 def test_a_fit_that_goes_on_is_one_that_never_stopped() -> None:
