@@ -2,9 +2,9 @@
 
     python -m benchmarks.kmeans [--rows 1000000] [--clusters 1000] [--many 100000]
 
-Both start from the same centroids and move the centroids 20 times, faiss over all rows as well. Ours is
-the whole call, looking at the rows and choosing the start included. The objective (mean cosine of a
-row to its nearest centroid) is computed by the same code for the centroids of both.
+Both start from the same centroids and move them 20 times, faiss over all rows as well. Ours is the
+whole call, looking at the rows and finding the start included. The objective (mean cosine of a row
+to its nearest centroid) is computed by the same code for the centroids of both.
 """
 
 import argparse

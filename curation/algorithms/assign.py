@@ -17,6 +17,7 @@ from curation.algorithms import bounds
 from curation.algorithms.bounds import Bounds, Call, Columns, Moves
 from curation.algorithms.products import (
     SLACK,
+    TILE_ROWS,
     Doubles,
     Floats,
     Ids,
@@ -24,12 +25,12 @@ from curation.algorithms.products import (
     Products,
     each_tile,
     exact_dot,
+    fast_device,
     fast_dtype,
     gathered,
     square_norms,
 )
 
-TILE_ROWS = 1024
 NEAR = 8  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most
 COST = np.array([*SHARES, 2.0], np.float32)
@@ -90,8 +91,8 @@ class Assigner:
 
     def _is_new(self, to: Columns, count: int) -> bool:
         """Whether no bound holds: at first, or when a repeated centroid has moved off its twin."""
-        if self._now < 0 or len(self._known.rest) != count:
-            return True
+        if self._now < 0 or len(self._known.rest) != count or fast_device() is not None:
+            return True  # a GPU compares all faster than bounds are read
         before = self._columns[self._now].bias
         return before.shape != to.bias.shape or bool(np.any(np.isinf(before) & ~np.isinf(to.bias)))
 
@@ -119,19 +120,31 @@ class Assigner:
         to = self._columns[self._now]
         products = Products(to.centroids[far], to.small[far])
         state = (far, moved, rows, to, self._known, self._call())
-        _score(rows, chosen, products, lambda mine, s: bounds.offer(mine, s, *state))
+
+        def tile(mine: Ints, here: Floats) -> None:
+            bounds.offer(mine, products.scores(here), *state)
+
+        _each_chosen(rows, chosen, products.tile_rows, tile)
 
     def _search(self, rows: Floats, chosen: Ints, dtype: torch.dtype) -> None:
         """Scores all centroids for some rows."""
         known, to, call = self._known, self._columns[self._now], self._call()
         products, state = Products(to.centroids, to.small, dtype), (rows, to, known, call)
-        _score(rows, chosen, products, lambda mine, s: bounds.remember(mine, s, *state))
+
+        def tile(mine: Ints, here: Floats) -> None:
+            best, at = products.top(here, NEAR + 1)
+            bounds.remember(mine, best, at, *state)
+
+        def crowd(mine: Ints, here: Floats) -> None:
+            bounds.settle_crowd(mine, products.scores(here), *state)
+
+        _each_chosen(rows, chosen, products.tile_rows, tile)
         slack = self._slack(dtype)
         in_doubt = chosen[known.score[chosen].max(axis=1) < known.rest[chosen] + slack]
         if len(in_doubt) and dtype != torch.float32:
             self._search(rows, in_doubt, torch.float32)
         elif len(in_doubt):  # more centroids equally near than are remembered
-            _score(rows, in_doubt, products, lambda mine, s: bounds.settle_crowd(mine, s, *state))
+            _each_chosen(rows, in_doubt, TILE_ROWS, crowd)
 
     def _call(self) -> Call:
         slack = (np.float32(self._slack(dtype)) for dtype in (torch.float32, fast_dtype()))
@@ -166,16 +179,15 @@ class Assigner:
         self._columns = {call: kept for call, kept in self._columns.items() if call in keep}
 
 
-def _score(
-    rows: Floats, chosen: Ints, products: Products, use: Callable[[Ints, Floats], None]
+def _each_chosen(
+    rows: Floats, chosen: Ints, size: int, use: Callable[[Ints, Floats], None]
 ) -> None:
-    """use(chosen, scores) for tiles of the chosen rows."""
+    """use(chosen, rows[chosen]) for tiles of the chosen rows."""
 
     def tile(start: int, stop: int) -> None:
-        mine = chosen[start:stop]
-        use(mine, products.scores(gathered(rows, mine)))
+        use(chosen[start:stop], gathered(rows, chosen[start:stop]))
 
-    each_tile(len(chosen), TILE_ROWS, tile)
+    each_tile(len(chosen), size, tile)
 
 
 def _longest(centroids: Floats) -> float:

@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from curation.algorithms.products import Doubles, Floats, Ids, Ints, exact_dot, fast_dot, top_of_row
+from curation.algorithms.products import Doubles, Floats, Ids, Ints, exact_dot, fast_dot
 
 
 class Bounds(NamedTuple):
@@ -116,19 +116,17 @@ def look(
 
 @numba.njit(nogil=True, cache=True)
 def remember(
-    chosen: Ints, scores: Floats, rows: Floats, to: Columns, known: Bounds, call: Call
+    chosen: Ints, best: Floats, at: Ids, rows: Floats, to: Columns, known: Bounds, call: Call
 ) -> None:
-    """Keeps the best columns of each row of `scores`, and the first that was left out as bound."""
+    """Keeps the best columns (n, t) of each row, and the first that is left out as bound."""
     width = known.near.shape[1]
-    best, at = np.empty(width + 1, np.float32), np.empty(width + 1, np.int32)
     for row in range(chosen.size):
         i = chosen[row]
-        filled = top_of_row(scores[row], best, at)
-        known.rest[i] = best[width] if filled > width else -np.inf
+        known.rest[i] = best[row, width] if best.shape[1] > width else -np.inf
         for slot in range(width):
-            j = at[slot]
+            j = at[row, slot]
             known.near[i, slot] = j
-            known.score[i, slot] = best[slot]
+            known.score[i, slot] = best[row, slot]
             if call.fast_slack > call.slack:  # the products were rounded
                 known.score[i, slot] = fast_dot(rows[i], to.centroids[j]) + to.small[j]
         known.looked[i], known.searched[i], known.spent[i] = call.now, call.now, 0

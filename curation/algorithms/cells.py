@@ -20,7 +20,6 @@ from curation.algorithms.products import (
     each,
     each_tile,
     fast_dot,
-    top_of_row,
 )
 
 SPLITS = 2
@@ -86,7 +85,7 @@ class Cells:
 
         def tile(start: int, stop: int) -> None:
             head = turn.scores(rows[start:stop]).copy()
-            _choose(heads.scores(head), found.score[start:stop], found.number[start:stop])
+            found.number[start:stop] = heads.top(head, shape[1])[1]
             _rank(
                 rows[start:stop], self.centroids, found.score[start:stop], found.number[start:stop]
             )
@@ -97,25 +96,6 @@ class Cells:
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""
         return self.nearest(rows, 1).number[:, 0].copy()
-
-
-INSERTED = 128  # up to so many of the best are found by insertion
-
-
-def _choose(scores: Floats, best: Floats, at: Ints) -> None:
-    """The best columns of each row of scores (n, c), in any order."""
-    if best.shape[1] <= INSERTED:
-        _choose_few(scores, best, at)
-    else:
-        at[:] = np.argpartition(-scores, best.shape[1] - 1, axis=1)[:, : best.shape[1]]
-
-
-@numba.njit(nogil=True, cache=True)
-def _choose_few(scores: Floats, best: Floats, at: Ints) -> None:
-    column = np.empty(best.shape[1], np.int32)
-    for i in range(scores.shape[0]):
-        top_of_row(scores[i], best[i], column)
-        at[i] = column
 
 
 @numba.njit(nogil=True, cache=True)
