@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.products import CHUNK, Floats, Ids, Ints
+from curation.algorithms.products import Floats, Ints
 
 NONE = -1  # the number of a neighbour that isn't there
 
@@ -34,36 +34,6 @@ class Best:
         _sort(self.score, self.number)
         self.score[self.number == NONE] = -np.inf
         return Neighbours(self.score, self.number)
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
-def collect(
-    scores: Floats, floors: Floats, other_floors: Floats, at_row: Ids, at_column: Ids, out: Floats
-) -> int:
-    """Writes down the scores (n, m) that reach a floor of their row (n,) or column (m,).
-
-    `other_floors` may be empty: only the rows' then count. Returns how many there are.
-    """
-    count, columns = 0, scores.shape[1]
-    lowest = np.float32(np.inf)
-    for j in range(other_floors.size):
-        lowest = min(lowest, other_floors[j])
-    for i in range(scores.shape[0]):
-        floor = min(floors[i], lowest)
-        for start in range(0, columns, CHUNK):
-            stop = min(start + CHUNK, columns)
-            largest = scores[i, start]
-            for j in range(start, stop):
-                largest = max(largest, scores[i, j])
-            if largest < floor:
-                continue
-            for j in range(start, stop):
-                if scores[i, j] >= floors[i] or (
-                    other_floors.size and scores[i, j] >= other_floors[j]
-                ):
-                    at_row[count], at_column[count], out[count] = i, j, scores[i, j]
-                    count += 1
-    return count
 
 
 @numba.njit(nogil=True, cache=True)

@@ -12,7 +12,7 @@ import numpy as np
 
 from curation.algorithms.assign import Assigner
 from curation.algorithms.best import Neighbours
-from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
+from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import (
     Floats,
     Ints,
@@ -20,7 +20,6 @@ from curation.algorithms.products import (
     each,
     each_tile,
     fast_dot,
-    top_of_row,
 )
 
 SPLITS = 2
@@ -51,7 +50,7 @@ class Cells:
         count = max(1, min(count, len(sample)))
         cells = cls(_tree(sample, count, rng), np.empty((sample.shape[1], 0), np.float32))
         few = sample[rng.choice(len(sample), min(2048, len(sample)), replace=False)]
-        truth, _ = Assigner()(few, cells.centroids)
+        truth = Assigner()(few, cells.centroids)
         while (cells := cells.wider()).axes.shape[1] < sample.shape[1]:
             if (cells.assign(few) == truth).mean() >= AGREEMENT:
                 break
@@ -86,7 +85,7 @@ class Cells:
 
         def tile(start: int, stop: int) -> None:
             head = turn.scores(rows[start:stop]).copy()
-            _choose(heads.scores(head), found.score[start:stop], found.number[start:stop])
+            found.number[start:stop] = heads.top(head, shape[1])[1]
             _rank(
                 rows[start:stop], self.centroids, found.score[start:stop], found.number[start:stop]
             )
@@ -97,25 +96,6 @@ class Cells:
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""
         return self.nearest(rows, 1).number[:, 0].copy()
-
-
-INSERTED = 128  # up to so many of the best are found by insertion
-
-
-def _choose(scores: Floats, best: Floats, at: Ints) -> None:
-    """The best columns of each row of scores (n, c), in any order."""
-    if best.shape[1] <= INSERTED:
-        _choose_few(scores, best, at)
-    else:
-        at[:] = np.argpartition(-scores, best.shape[1] - 1, axis=1)[:, : best.shape[1]]
-
-
-@numba.njit(nogil=True, cache=True)
-def _choose_few(scores: Floats, best: Floats, at: Ints) -> None:
-    column = np.empty(best.shape[1], np.int32)
-    for i in range(scores.shape[0]):
-        top_of_row(scores[i], best[i], column)
-        at[i] = column
 
 
 @numba.njit(nogil=True, cache=True)
@@ -134,7 +114,7 @@ def _tree(sample: Floats, count: int, rng: np.random.Generator) -> Floats:
     if count <= FLAT:
         return _even(sample, count, rng)
     groups = centroids_of(sample, round(np.sqrt(count)), rng)
-    group, _ = Assigner()(sample, groups)
+    group = Assigner()(sample, groups)
     within = [np.flatnonzero(group == number) for number in range(len(groups))]
     seeds = rng.integers(0, 2**63, len(groups))
     parts = [groups[:0]] * len(groups)
@@ -156,7 +136,7 @@ def _even(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     """
     centroids = centroids_of(rows, count, rng)
     for _ in range(SPLITS):
-        cell, _ = Assigner()(rows, centroids)
+        cell = Assigner()(rows, centroids)
         share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
         pieces = share.astype(int)
         order = rng.permutation(len(rows))
@@ -177,11 +157,5 @@ def centroids_of(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
 
 
 def _moved(rows: Floats, start: Floats, iterations: int) -> Floats:
-    assigner = Assigner()
-
-    def sweep(centroids: Floats) -> Totals:
-        totals = Totals.empty(*centroids.shape)
-        totals.add(rows, *assigner(rows, centroids), Metric())
-        return totals
-
+    sweep = BlockSweep(lambda: [rows], Metric(), Assigner)
     return lloyd(Clustering(start, ()), sweep, iterations, Metric()).centroids

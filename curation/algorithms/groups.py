@@ -1,14 +1,14 @@
 """The nearest of very many centroids, nearly always: looked for in a few groups of them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
 
-from curation.algorithms.assign import Assigner
+from curation.algorithms.assign import Assigner, assign
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import centroids_of
+from curation.algorithms.lloyd import Assign
 from curation.algorithms.products import Floats, Ints, each_tile, exact_dot
 from curation.algorithms.search import Base, Queries, Visits, search
 
@@ -42,7 +42,7 @@ class Groups:
         drawn = min(len(centroids), SAMPLE_PER_GROUP * count)
         chosen = np.sort(rng.choice(len(centroids), drawn, replace=False))
         groups = centroids_of(centroids[chosen], count, rng)
-        group, _ = Assigner()(centroids, groups)
+        group = Assigner()(centroids, groups)
         used, group = np.unique(group, return_inverse=True)
         base = Base.of(centroids, np.arange(len(centroids)), group, len(used))
         return cls(base, groups[used], min(4, len(used)))._with_beam(rows, centroids)
@@ -50,7 +50,7 @@ class Groups:
     def _with_beam(self, sample: Floats, centroids: Floats) -> "Groups":
         if not len(sample):
             return self
-        _, best = Assigner()(sample, centroids)
+        _, best = assign(sample, centroids)
         found_by = self
         while found_by.beam < len(self.groups):
             found = found_by.nearest(sample, 1).score[:, 0]
@@ -98,34 +98,34 @@ class GroupedAssigner:
             raise ValueError("centroids are grouped by direction: plain k-means compares with all")
         self._before = np.empty(0, np.int64)
 
-    def __call__(self, rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
-        """Number (n,) and score (n,) of the nearest centroid that was found for every row."""
+    def __call__(self, rows: Floats, centroids: Floats) -> Ints:
+        """Number (n,) of the nearest centroid that was found for every row."""
         if len(self._before) != len(rows):
             self._before = np.full(len(rows), NONE)
         self._before[self._before >= len(centroids)] = NONE
         tried = min(AGREEMENT_ROWS, len(rows))
         chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(len(rows), tried, replace=False))
         near = Groups.over(centroids, rows[chosen]).nearest(rows, FINALISTS).number
-        cluster, score = np.empty(len(rows), np.int64), np.empty(len(rows), np.float32)
-        state = (rows, centroids, near, self._before, cluster, score)
+        cluster = np.empty(len(rows), np.int64)
+        state = (rows, centroids, near, self._before, cluster)
         each_tile(len(rows), TILE_ROWS, lambda a, b: _settle(a, b, *state))
         self._before = cluster.copy()
-        return cluster, score
+        return cluster
 
 
-def make_assigner(spherical: bool) -> Callable[[Floats, Floats], tuple[Ints, Floats]]:
+def make_assigner(spherical: bool) -> Assign:
     """What finds the nearest centroids of one block, exactly up to MANY unit centroids.
 
     Above that each call stands for itself, so that a resumed fit is one that never stopped.
     """
     exact = Assigner(spherical)
 
-    def assign(rows: Floats, centroids: Floats) -> tuple[Ints, Floats]:
+    def nearest(rows: Floats, centroids: Floats) -> Ints:
         if spherical and len(centroids) > MANY:
             return GroupedAssigner()(rows, centroids)
         return exact(rows, centroids)
 
-    return assign
+    return nearest
 
 
 @numba.njit(nogil=True, cache=True)
@@ -137,7 +137,6 @@ def _settle(
     near: Ints,
     before: Ints,
     cluster: Ints,
-    score: Floats,
 ) -> None:
     """The nearest of the near ones and of the one before, of equal ones the first."""
     for i in range(start, stop):
@@ -148,4 +147,4 @@ def _settle(
                 exact = exact_dot(rows[i], centroids[j])
                 if at == NONE or exact > best or (exact == best and j < at):
                     best, at = exact, j
-        cluster[i], score[i] = at, best
+        cluster[i] = at

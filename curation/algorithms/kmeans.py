@@ -6,31 +6,33 @@ for the same rows, however they are cut and on however many threads: assignments
 the assignments are: the bytes then depend on the blocks as well.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numba
 import numpy as np
 
+from curation.algorithms.assign import Assigner
 from curation.algorithms.groups import make_assigner
-from curation.algorithms.lloyd import Clustering, Metric, Totals, lloyd
+from curation.algorithms.lloyd import Assign, Blocks, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import (
-    Doubles,
     Floats,
     Ints,
+    as_rows,
     check_finite,
     each_tile,
-    exact_dot,
 )
 
-Assign = Callable[[Floats, Floats], tuple[Ints, Floats]]
-Blocks = Callable[[], Iterable[Floats]]
 Note = Callable[[Clustering], Any]
 
 UNIT = 0.02  # how far the square of a unit row may be from 1: fp16 rows are off by 1e-3
 SEEDING_ROWS = 32  # rows a centroid that k-means++ chooses from
 SEEDING_TILE = 4096
+SETTLING_ROWS = 64  # a centroid
+LEAST_SETTLING = 16  # of them, else it isn't worth it
+SETTLING_MOST = 262_144  # rows
+SETTLING_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Options:
 
     `start`: `random` rows, or `k-means++`, which finds small far groups and ignores copies. It
     costs 32 k^2 (2 + ln k) distances one centroid after the other: sensible up to k = 2,000 or so.
+    Random ones first settle on a sample of 64 rows a centroid, if that is less than half of all:
+    centroids move most in the first iterations, and with all rows those cost most.
     `make_assigner(spherical)` makes what finds the nearest centroids of one block, call after call.
     """
 
@@ -80,46 +84,17 @@ def fit_blocks(
     (zeros as well: they have no direction).
     """
     count, metric = look(blocks, options.spherical)
-    start = start_rows(blocks, count, k, rng, options.start)
+    start = first_centroids(blocks, count, k, rng, options.start, metric)
     sweep = BlockSweep(blocks, metric, options.make_assigner)
     return lloyd(Clustering(start, ()), sweep, iterations, metric, note)
-
-
-class BlockSweep:
-    """A sweep for `lloyd` over blocks; only rows that change their cluster cost sums."""
-
-    def __init__(
-        self, blocks: Blocks, metric: Metric, make_assigner: Callable[[bool], Assign]
-    ) -> None:
-        self._blocks, self._metric, self._make_assigner = blocks, metric, make_assigner
-        self._assigners: list[Assign] = []
-        self._clusters: list[Ints] = []
-        self._totals: Totals | None = None
-
-    def __call__(self, centroids: Floats) -> Totals:
-        """The totals of all rows, valid until the next call."""
-        totals = self._totals or Totals.empty(*centroids.shape)
-        totals.objective = 0
-        for number, block in enumerate(self._blocks()):
-            rows = _as_rows(block)
-            if number == len(self._assigners):
-                self._assigners.append(self._make_assigner(self._metric.spherical))
-                self._clusters.append(np.full(len(rows), -1))
-            cluster, score = self._assigners[number](rows, centroids)
-            totals.move(rows, self._clusters[number], cluster, self._metric)
-            totals.score(rows, score, self._metric)
-            self._clusters[number] = cluster
-        self._totals = totals
-        return totals
 
 
 def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
     """How many rows there are, and a metric for them. Raises ValueError, see `fit_blocks`."""
     count, longest = 0, 0.0
     for block in blocks():
-        rows = _as_rows(block)
-        check_finite(rows)
-        squares = _squares(rows)
+        rows = as_rows(block)
+        squares = check_finite(rows)
         off = np.flatnonzero(np.abs(squares - 1) > UNIT)
         if spherical and len(off):
             shown = ", ".join(map(str, off[:5]))
@@ -133,23 +108,26 @@ def look(blocks: Blocks, spherical: bool) -> tuple[int, Metric]:
     return count, Metric() if spherical else Metric.plain(float(np.sqrt(longest)))
 
 
-def start_rows(
-    blocks: Blocks, count: int, k: int, rng: np.random.Generator, how: str = "random"
+def first_centroids(
+    blocks: Blocks, count: int, k: int, rng: np.random.Generator, how: str, metric: Metric
 ) -> Floats:
-    """min(k, count) of the `count` rows of all blocks, to start from: see `Options`."""
+    """min(k, count) centroids for the `count` rows of all blocks to start from: see `Options`."""
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     k = min(k, count)
-    drawn = k if how == "random" else min(SEEDING_ROWS * k, count)
-    rows = _taken(blocks, np.sort(rng.choice(count, drawn, replace=False)))
-    return rows if how == "random" else rows[_plus_plus(rows, k, rng)]
-
-
-def _as_rows(block: Floats) -> Floats:
-    rows = np.ascontiguousarray(block, np.float32)
-    if rows.ndim != 2:
-        raise ValueError(f"rows must be an array (n, D), got one of shape {rows.shape}")
-    return rows
+    if how == "k-means++":
+        drawn = min(SEEDING_ROWS * k, count)
+        rows = _taken(blocks, np.sort(rng.choice(count, drawn, replace=False)))
+        return rows[_plus_plus(rows, k, rng)]
+    per_centroid = min(SETTLING_ROWS, SETTLING_MOST // k)
+    settles = LEAST_SETTLING <= per_centroid < count / k / 2
+    positions = rng.choice(count, k * per_centroid if settles else k, replace=False)
+    rows = _taken(blocks, np.sort(positions))
+    if not settles:
+        return rows
+    begin = Clustering(rows[np.sort(rng.choice(len(rows), k, replace=False))], ())
+    sweep = BlockSweep(lambda: [rows], metric, Assigner)
+    return lloyd(begin, sweep, SETTLING_ITERATIONS, metric).centroids
 
 
 def _taken(blocks: Blocks, positions: Ints) -> Floats:
@@ -157,7 +135,7 @@ def _taken(blocks: Blocks, positions: Ints) -> Floats:
     found, start = [], 0
     for block in blocks():
         low, high = np.searchsorted(positions, [start, start + len(block)])
-        found.append(_as_rows(block)[positions[low:high] - start])
+        found.append(as_rows(block)[positions[low:high] - start])
         start += len(block)
     return np.concatenate(found)
 
@@ -202,11 +180,3 @@ def _squared_distances(start: int, stop: int, rows: Floats, points: Floats, out:
                 apart = rows[i, d] - points[p, d]
                 total += apart * apart
             out[p, i] = total
-
-
-@numba.njit(nogil=True, cache=True)
-def _squares(rows: Floats) -> Doubles:
-    squares = np.empty(rows.shape[0])
-    for i in range(rows.shape[0]):
-        squares[i] = exact_dot(rows[i], rows[i])
-    return squares

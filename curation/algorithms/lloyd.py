@@ -5,13 +5,13 @@ same result in whatever order and grouping the rows were summed.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints, each
+from curation.algorithms.products import Floats, Ints, as_rows, each, square_norms
 
 FIXED_BITS = 30  # of a component: 2**30 is 1; 8.6 billion unit rows fit an int64
 
@@ -34,20 +34,26 @@ class Metric:
 
 @dataclass
 class Totals:
-    """Of some rows: their sums (k, D) and objective in fixed point, their counts (k,)."""
+    """Of some rows: their sums (k, D), counts (k,) and, if not spherical, the sum of their squares.
+
+    Sums are in fixed point.
+    """
 
     sums: Ints
     counts: Ints
-    objective: int = 0
+    squares: int = 0
 
     @classmethod
     def empty(cls, k: int, dim: int) -> "Totals":
         return cls(np.zeros((k, dim), np.int64), np.zeros(k, np.int64))
 
-    def add(self, rows: Floats, cluster: Ints, score: Floats, metric: Metric) -> None:
-        """Counts rows (n, D) with their clusters (n,) and scores (n,) in."""
-        self.move(rows, np.full(len(rows), -1), cluster, metric)
-        self.score(rows, score, metric)
+    def add(self, rows: Floats, cluster: Ints, metric: Metric) -> None:
+        """Counts rows (n, D) with their clusters (n,) in."""
+        before = np.full(len(rows), -1)
+        self.move(rows, before, cluster, metric)
+        if not metric.spherical:
+            fixed = np.rint(np.ldexp(square_norms(rows), FIXED_BITS - 2 * metric.exponent))
+            self.squares += int(fixed.astype(np.int64).sum())
 
     def move(self, rows: Floats, before: Ints, after: Ints, metric: Metric) -> None:
         """Takes rows (n, D) out of clusters `before` (n,), -1 for none, and into `after` (n,)."""
@@ -59,21 +65,46 @@ class Totals:
         self.counts += np.bincount(after, minlength=size)
         self.counts -= np.bincount(before[before >= 0], minlength=size)
 
-    def score(self, rows: Floats, score: Floats, metric: Metric) -> None:
-        """Adds what rows (n, D) of these scores (n,) give to the objective."""
-        gain = score.astype(np.float64)
-        if not metric.spherical:
-            gain = np.einsum("nd,nd->n", rows, rows, dtype=np.float64) - 2 * gain
-        fixed = np.rint(np.ldexp(gain, FIXED_BITS - 2 * metric.exponent))
-        self.objective += int(fixed.astype(np.int64).sum())
-
     def merge(self, other: "Totals") -> None:
         self.sums += other.sums
         self.counts += other.counts
-        self.objective += other.objective
+        self.squares += other.squares
 
 
 Sweep = Callable[[Floats], Totals]
+Assign = Callable[[Floats, Floats], Ints]  # rows (n, D), centroids (k, D): nearest (n,)
+Blocks = Callable[[], Iterable[Floats]]
+
+
+class BlockSweep:
+    """A sweep over blocks; only rows that change their cluster cost sums.
+
+    `make_assigner(spherical)` makes what assigns one block, call after call.
+    """
+
+    def __init__(
+        self, blocks: Blocks, metric: Metric, make_assigner: Callable[[bool], Assign]
+    ) -> None:
+        self._blocks, self._metric, self._make_assigner = blocks, metric, make_assigner
+        self._assigners: list[Assign] = []
+        self._clusters: list[Ints] = []
+        self._totals: Totals | None = None
+
+    def __call__(self, centroids: Floats) -> Totals:
+        """The totals of all rows, valid until the next call."""
+        totals = self._totals or Totals.empty(*centroids.shape)
+        for number, block in enumerate(self._blocks()):
+            rows = as_rows(block)
+            if number == len(self._assigners):
+                self._assigners.append(self._make_assigner(self._metric.spherical))
+                self._clusters.append(self._assigners[number](rows, centroids))
+                totals.add(rows, self._clusters[number], self._metric)
+            else:
+                cluster = self._assigners[number](rows, centroids)
+                totals.move(rows, self._clusters[number], cluster, self._metric)
+                self._clusters[number] = cluster
+        self._totals = totals
+        return totals
 
 
 @dataclass(frozen=True)
@@ -105,15 +136,23 @@ def lloyd(
         totals = sweep(now.centroids)
         centroids = moved(now.centroids, totals, metric)
         rests = np.array_equal(centroids, now.centroids)
-        now = Clustering(centroids, (*now.objective, objective(totals, metric)), rests)
+        now = Clustering(
+            centroids, (*now.objective, objective(now.centroids, totals, metric)), rests
+        )
         note(now)
     return now
 
 
-def objective(totals: Totals, metric: Metric) -> float:
-    """The mean over all rows."""
-    mean = totals.objective / max(1, int(totals.counts.sum()))
-    return float(np.ldexp(mean, 2 * metric.exponent - FIXED_BITS))
+def objective(centroids: Floats, totals: Totals, metric: Metric) -> float:
+    """The mean over all rows that were assigned to these centroids: from their sums alone."""
+    wide, count = centroids.astype(np.float64), max(1, int(totals.counts.sum()))
+    sums = np.ldexp(totals.sums.astype(np.float64), metric.exponent - FIXED_BITS)
+    cosines = float(np.einsum("kd,kd->", wide, sums))
+    if metric.spherical:
+        return cosines / count
+    squares = float(np.ldexp(float(totals.squares), 2 * metric.exponent - FIXED_BITS))
+    own = float(np.einsum("kd,kd,k->", wide, wide, totals.counts.astype(np.float64)))
+    return (squares - 2 * cosines + own) / count
 
 
 def moved(centroids: Floats, totals: Totals, metric: Metric) -> Floats:

@@ -21,44 +21,100 @@ Ids = npt.NDArray[np.int32]
 # thousand dimensions; bf16 keeps 8 bits of each factor and of the result.
 SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
+SQUARES_TILE = 8192
+TILE_ROWS = 1024  # what fits a core's cache with its scores
+DEVICE_SCORES = 1 << 26  # of a tile on a GPU: 0.6 GB with what they are made from
+INSERTED = 128  # up to so many of the largest are found by insertion
 CHUNK = 32  # scores whose largest is looked at before any of them
 
 _scratch = threading.local()
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 where the processor multiplies matrices of it (AMX: six times fp32), else fp32."""
+    """bf16 where matrices of it are multiplied faster (GPUs since Ampere, AMX), else fp32."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def fast_device() -> torch.device | None:
+    """The GPU that products are computed on; None: this processor, and numba looks through them."""
+    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 class Products:
     """Scores of rows against fixed `columns` (m, D): row . column + bias, in fp32.
 
-    `slack` bounds what a score can be off for rows of norm 1.
+    `slack` bounds what a score can be off for rows of norm 1. On a GPU the scores stay there, and
+    only what was asked for comes back.
     """
 
     def __init__(
         self, columns: Floats, bias: Floats | None = None, dtype: torch.dtype | None = None
     ) -> None:
+        self._device = fast_device()
         self._dtype = dtype or fast_dtype()
-        self._columns = torch.from_numpy(columns).to(self._dtype).T
-        self._bias = None if bias is None else torch.from_numpy(bias)
+        self._columns = torch.from_numpy(columns).to(self._device, self._dtype).T
+        self._bias = None if bias is None else torch.from_numpy(bias).to(self._device)
         longest = float(np.sqrt(np.einsum("md,md->m", columns, columns).max(initial=0.0)))
         self.slack = SLACK[self._dtype] * longest
 
+    @property
+    def tile_rows(self) -> int:
+        """How many rows are best given at a time."""
+        if self._device is None:
+            return TILE_ROWS
+        return max(1, DEVICE_SCORES // self._columns.shape[1])
+
     def scores(self, rows: Floats) -> Floats:
         """(n, m) scores of rows (n, D): this thread's scratch memory, valid until its next call."""
-        shape = (len(rows), self._columns.shape[1])
-        left, out = torch.from_numpy(rows), _buffer("scores", shape, torch.float32)
+        scores: Floats = self._scores(rows).numpy(force=True)
+        return scores
+
+    def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
+        """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
+        count, scores = min(count, self._columns.shape[1]), self._scores(rows)
+        if self._device is None and count <= INSERTED:
+            best = np.empty((len(rows), count), np.float32)
+            at = np.empty((len(rows), count), np.int32)
+            _top(scores.numpy(), best, at)
+            return best, at
+        largest, places = scores.topk(count, dim=1)
+        return largest.numpy(force=True), places.to(torch.int32).numpy(force=True)
+
+    def reaching(self, rows: Floats, floors: Floats, others: Floats) -> tuple[Ids, Ids]:
+        """Positions of row and column (p,) of the scores that reach a floor of either.
+
+        `floors` (n,) are of the rows, `others` (m,) of the columns, or empty: then only the rows'
+        count. In this thread's scratch memory, valid until its next call.
+        """
+        scores = self._scores(rows)
+        if self._device is None:
+            shape = (scores.shape[0], scores.shape[1])
+            found = _buffer("row", shape, torch.int32).numpy().ravel()
+            columns = _buffer("column", shape, torch.int32).numpy().ravel()
+            count = _reaching(scores.numpy(), floors, others, found, columns)
+            return found[:count], columns[:count]
+        reached = scores >= torch.from_numpy(floors).to(self._device)[:, None]
+        if len(others):
+            reached |= scores >= torch.from_numpy(others).to(self._device)
+        row, column = reached.nonzero(as_tuple=True)
+        as_ids = (one.to(torch.int32).numpy(force=True) for one in (row, column))
+        return next(as_ids), next(as_ids)
+
+    def _scores(self, rows: Floats) -> torch.Tensor:
+        left = torch.from_numpy(rows).to(self._device)
+        if self._device is not None:
+            scores = (left.to(self._dtype) @ self._columns).float()
+            return scores if self._bias is None else scores + self._bias
+        out = _buffer("scores", (len(rows), self._columns.shape[1]), torch.float32)
         if self._dtype == torch.float32:
             torch.mm(left, self._columns, out=out)
         else:
-            low = torch.mm(left.to(self._dtype), self._columns)
-            out.copy_(low)
+            out.copy_(torch.mm(left.to(self._dtype), self._columns))
         if self._bias is not None:
             out += self._bias
-        scores: Floats = out.numpy()
-        return scores
+        return out
 
 
 def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -101,14 +157,37 @@ def each(count: int, work: Callable[[int], None]) -> None:
         torch.set_num_threads(before)
 
 
-def check_finite(rows: Floats) -> None:
-    """Raises ValueError that names the first rows (n, D) with NaN or infinity."""
-    bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", rows, rows)))
+def as_rows(block: npt.ArrayLike) -> Floats:
+    """The block as fp32 rows (n, D). Raises ValueError for another shape."""
+    rows = np.ascontiguousarray(block, np.float32)
+    if rows.ndim != 2:
+        raise ValueError(f"rows must be an array (n, D), got one of shape {rows.shape}")
+    return rows
+
+
+def square_norms(rows: Floats) -> Doubles:
+    """The square (n,) of each row's norm."""
+    found = np.empty(len(rows))
+    each_tile(len(rows), SQUARES_TILE, lambda a, b: _square_norms(a, b, rows, found))
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def _square_norms(start: int, stop: int, rows: Floats, found: Doubles) -> None:
+    for i in range(start, stop):
+        found[i] = exact_dot(rows[i], rows[i])
+
+
+def check_finite(rows: Floats) -> Doubles:
+    """The squares (n,) of rows (n, D). Raises ValueError that names those with NaN or infinity."""
+    found = square_norms(rows)
+    bad = np.flatnonzero(~np.isfinite(found))
     if len(bad):
         shown = ", ".join(map(str, bad[:5]))
         raise ValueError(
             f"{len(bad)} of {len(rows)} vectors are not finite (rows {shown}); leave them out"
         )
+    return found
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc", "contract"})
@@ -167,3 +246,32 @@ def top_of_row(scores: Floats, best: Floats, at: Ids) -> int:
         if scores[j] >= floor and (filled < size or scores[j] > best[size - 1]):
             filled = _insert(scores[j], j, best, at, filled)
     return filled
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
+def _reaching(scores: Floats, floors: Floats, others: Floats, at_row: Ids, at_column: Ids) -> int:
+    """Writes down where scores (n, m) reach a floor; returns how many there are."""
+    count, columns = 0, scores.shape[1]
+    lowest = np.float32(np.inf)
+    for j in range(others.size):
+        lowest = min(lowest, others[j])
+    for i in range(scores.shape[0]):
+        floor = min(floors[i], lowest)
+        for start in range(0, columns, CHUNK):
+            stop = min(start + CHUNK, columns)
+            largest = scores[i, start]
+            for j in range(start, stop):
+                largest = max(largest, scores[i, j])
+            if largest < floor:
+                continue
+            for j in range(start, stop):
+                if scores[i, j] >= floors[i] or (others.size and scores[i, j] >= others[j]):
+                    at_row[count], at_column[count] = i, j
+                    count += 1
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _top(scores: Floats, best: Floats, at: Ids) -> None:
+    for i in range(scores.shape[0]):
+        top_of_row(scores[i], best[i], at[i])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.best import Best, collect, offer
+from curation.algorithms.best import Best, offer
 from curation.algorithms.products import Floats, Ids, Ints, Products, each, fast_dot, gathered
 
 QUERY_ROWS = 512
@@ -90,17 +90,14 @@ def _meet(
     lock: threading.Lock,
 ) -> None:
     asking = gathered(queries.rows, mine)
-    scores = products.scores(asking)
     slack = np.float32(products.slack)
     # Other threads may raise the floors meanwhile: then a few are offered in vain.
     floors = best.score[mine, 0] - slack
     other = twins.score[block, 0] - slack if twins else _NOTHING
-    size = scores.size
-    at_row, at_column, found = _found(size)
-    count = collect(scores, floors, other, at_row, at_column, found)
-    if not count:
+    at_row, at_column = products.reaching(asking, floors, other)
+    if not len(at_row):
         return
-    at_row, at_column, found = at_row[:count], at_column[:count], found[:count]
+    found = np.empty(len(at_row), np.float32)
     _rescore(asking, base.rows[block], at_row, at_column, found)
     pairs = (mine[at_row], base.numbers[block][at_column], found)
     with lock:
@@ -113,19 +110,6 @@ def _meet(
             _offer_pairs(rows, others, found, best.score, best.number, True)
             back = (column[apart], numbers[apart], found)
             _offer_pairs(*back, twins.score, twins.number, True)
-
-
-_scratch = threading.local()
-
-
-def _found(size: int) -> tuple[Ids, Ids, Floats]:
-    """This thread's lists of what was collected."""
-    have = getattr(_scratch, "found", None)
-    if have is None or len(have[0]) < size:
-        have = (np.empty(size, np.int32), np.empty(size, np.int32), np.empty(size, np.float32))
-        _scratch.found = have
-    lists: tuple[Ids, Ids, Floats] = have
-    return lists
 
 
 @numba.njit(nogil=True, cache=True)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from curation.algorithms import kmeans
-from curation.algorithms.lloyd import Clustering, Metric, Sweep, Totals, lloyd
+from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, Sweep, Totals, lloyd
 from curation.algorithms.products import Floats, Ints
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all
@@ -106,7 +106,7 @@ def fit(
 
     sweep: Sweep = WorkersSweep(cfg, slices, store, executor, events)
     if here:
-        sweep = kmeans.BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
+        sweep = BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
 
     def note(now: Clustering) -> None:
         _keep(now, store)
@@ -118,7 +118,8 @@ def fit(
         if start is None:
             rng = np.random.default_rng(cfg.seed)
             count = sum(one.rows for one in slices)
-            start = Clustering(kmeans.start_rows(blocks, count, cfg.k, rng, cfg.start), ())
+            first = kmeans.first_centroids(blocks, count, cfg.k, rng, cfg.start, METRIC)
+            start = Clustering(first, ())
             _keep(start, store)
         fitted = lloyd(start, sweep, cfg.iterations, METRIC, note)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)
@@ -256,28 +257,27 @@ class SweepWorker:
         for one in slices:
             rows = one.load(self._cfg, self._store)
             nearest = kmeans.DEFAULT.make_assigner(METRIC.spherical)
-            totals.add(rows, *nearest(rows, self._centroids), METRIC)
+            totals.add(rows, nearest(rows, self._centroids), METRIC)
         folder = self._path.removesuffix(".parquet")
         write_table(self._store, f"{folder}/{number:06d}.parquet", _totals_table(totals))
         return {"images": int(totals.counts.sum())}
 
 
 def _totals_table(totals: Totals) -> pa.Table:
-    """The clusters that have rows; the objective is beside them."""
+    """The clusters that have rows."""
     cluster = np.flatnonzero(totals.counts)
     columns = {
         "cluster": pa.array(cluster),
         "count": pa.array(totals.counts[cluster]),
         "sum": _binary(totals.sums[cluster]),
     }
-    return pa.table(columns).replace_schema_metadata({"objective": str(totals.objective)})
+    return pa.table(columns)
 
 
 def _merge(totals: Totals, table: pa.Table) -> None:
     cluster = table["cluster"].to_numpy()
     totals.counts[cluster] += table["count"].to_numpy()
     totals.sums[cluster] += column_bytes(table, "sum").view(np.int64)
-    totals.objective += int(table.schema.metadata[b"objective"])
 
 
 def _keep(now: Clustering, store: Store) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import kmeans
+from curation.algorithms.assign import scores_of
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
@@ -63,7 +64,8 @@ class AssignWorker:
 
     def __call__(self, part: Part) -> Counts:
         numbers, rows = self._view.load(self._store, part)
-        cluster, cosine = kmeans.DEFAULT.make_assigner(True)(rows, self._centroids)
+        cluster = kmeans.DEFAULT.make_assigner(True)(rows, self._centroids)
+        cosine = scores_of(rows, self._centroids, cluster)
         arrays = [pa.array(numbers), pa.array(cluster.astype(np.int32)), pa.array(cosine)]
         table = pa.Table.from_arrays(arrays, schema=ASSIGNMENTS)
         write_table(self._store, assignments_path(part), table)

@@ -4,8 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.algorithms.best import NONE, Best, collect, offer
-from curation.algorithms.products import Floats
+from curation.algorithms.best import NONE, Best, offer
 
 PAIRS = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0]), st.integers(0, 30)),
@@ -45,31 +44,3 @@ def test_the_worst_stands_first_while_offers_come() -> None:
     for score, number in [(0.1, 4), (0.9, 1), (0.1, 2), (0.5, 7), (0.1, 3)]:
         offer(best.score[0], best.number[0], np.float32(score), number, False)
     assert (best.score[0, 0], best.number[0, 0]) == (np.float32(0.1), 2)
-
-
-def collected(scores: Floats, floors: Floats, other: Floats) -> set[tuple[int, int]]:
-    rows, columns = np.empty((2, scores.size), np.int32)
-    out = np.empty(scores.size, np.float32)
-    count = collect(scores, floors, other, rows, columns, out)
-    np.testing.assert_array_equal(out[:count], scores[rows[:count], columns[:count]])
-    pairs = list(zip(rows[:count].tolist(), columns[:count].tolist(), strict=True))
-    assert len(set(pairs)) == count
-    return set(pairs)
-
-
-@settings(deadline=None)  # the first call compiles
-@given(rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 99))
-def test_what_reaches_a_floor_of_its_row_or_column_is_collected(
-    rows: int, columns: int, seed: int
-) -> None:
-    rng = np.random.default_rng(seed)
-    scores, floors, other = (
-        rng.integers(-5, 6, shape).astype(np.float32)
-        for shape in ((rows, columns), (rows,), (columns,))
-    )
-    floors[0], other[0] = -np.inf, np.inf
-    by_row = scores >= floors[:, None]
-    nothing = np.empty(0, np.float32)
-    for wanted, others in ((by_row, nothing), (by_row | (scores >= other), other)):
-        pairs = set(zip(*(side.tolist() for side in np.nonzero(wanted)), strict=True))
-        assert collected(scores, floors, others) == pairs
