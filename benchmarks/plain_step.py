@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.heads import ProjectionHead
-from pretrain.layers import Attention, Block
+from pretrain.layers import Attention, Block, Mlp
 from pretrain.losses.koleo import koleo_loss
 from pretrain.student_teacher import Batch, StudentTeacher
 from pretrain.vit import ViT
@@ -38,6 +38,7 @@ def backbone(
     for x in (embedded(vit, crop, mask) for crop, mask in zip(crops, masks, strict=True)):
         for block in vit.blocks:
             assert isinstance(block, Block)
+            assert isinstance(block.mlp, Mlp)
             x = x + block.ls1(attention(block.attn, block.norm1(x)))
             hidden = functional.gelu(block.mlp.fc1(block.norm2(x)))
             x = x + block.ls2(block.mlp.fc2(hidden))

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from pretrain import distributed
 from pretrain.errors import UserError
@@ -81,7 +83,7 @@ class Writer:
         self.finish()
         partial = self._run / FOLDER / f"{progress.iteration:08d}.partial"
         try:
-            future = dcp.async_save(
+            future = async_save(
                 _state(model, optimizer),
                 checkpoint_id=partial,
                 process_group=self._group,
@@ -134,7 +136,7 @@ def read(
         progress = Progress(**json.loads((path / "progress.json").read_text()))
         state = _state(model, optimizer)
         _check_shapes(path, state["model"])
-        dcp.load(state, checkpoint_id=path, no_dist=distributed.world_size() == 1)
+        load(state, checkpoint_id=path, no_dist=distributed.world_size() == 1)
     except (OSError, RuntimeError, KeyError, TypeError, CheckpointException) as error:
         why = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: can't be read: {why}") from None
@@ -146,7 +148,7 @@ def read(
 
 def _check_shapes(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Every tensor is there, in the same shape."""
-    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    saved = FileSystemReader(path).read_metadata().state_dict_metadata
     for name, value in state.items():
         there = getattr(saved.get(f"model.{name}"), "size", None)
         if there is None:

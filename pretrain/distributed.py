@@ -65,7 +65,7 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def own_group() -> distributed.ProcessGroup | None:
+def own_group() -> Any:
     """A group of all ranks for what runs beside training: calls of one group keep one order."""
     return distributed.new_group(backend="gloo") if world_size() > 1 else None
 

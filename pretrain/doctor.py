@@ -58,7 +58,8 @@ def _gpu(number: int) -> str:
     flash = "flash" if capability >= precision.BF16_SINCE else "memory-efficient"
     _say("  attention", f"{flash} kernel of torch")
     if torch.distributed.is_nccl_available():
-        _say("  NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        found = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        _say("  NCCL", ".".join(map(str, found)))
     return ""
 
 

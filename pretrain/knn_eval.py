@@ -140,7 +140,7 @@ def _fitted(rows: torch.Tensor, labels: torch.Tensor, l2: float) -> nn.Module:
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value = functional.cross_entropy(layer(inputs), labels) + l2 * layer.weight.square().sum()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         return value
 
     optimizer.step(loss)  # type: ignore[no-untyped-call]

@@ -24,7 +24,7 @@ from pretrain.samples import Source
 from pretrain.schedules import schedules
 from pretrain.stream import Loader, StreamConfig
 from pretrain.student_teacher import Batch, StudentTeacher, clip_gradients
-from pretrain.vit import compile_blocks
+from pretrain.vit import ViT, compile_blocks
 from pretrain.watch import Watch
 
 SEEDS = 1 << 63
@@ -200,7 +200,9 @@ def _model(config: Config, device: torch.device) -> StudentTeacher:
     )
     if config.parallel.compile:
         for network in (model.student, model.teacher):
-            compile_blocks(network["backbone"])
+            backbone = network["backbone"]
+            assert isinstance(backbone, ViT)
+            compile_blocks(backbone)
     return model.to(device).train()
 
 
@@ -212,5 +214,5 @@ def _spread(
         mode = "fsdp" if chosen.device.type == "cuda" else "ddp"
     units = []
     for network in (model.student, model.teacher):
-        units += [*network["backbone"].blocks, *network.values()]
+        units += [*network["backbone"].get_submodule("blocks").children(), *network.values()]
     return distributed.Spread(model, mode, units, chosen.dtype)

@@ -82,7 +82,8 @@ def process(*given: str, ranks: int = 1, **options: object) -> "subprocess.Popen
     if ranks > 1:
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start += [f"--nproc-per-node={ranks}", "-m", "pretrain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # One process has the threads that this one has: sums of others differ in the last bits.
+    environment = {**os.environ} if ranks == 1 else {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
         [*start, *given], env=environment, text=True, stderr=subprocess.PIPE, **options
     )
