@@ -66,7 +66,7 @@ def export(run: Path, kind: Format, out: Path) -> Path:
 
 def _timm(model: ViTConfig) -> dict[str, Any]:
     """Arguments of timm's VisionTransformer, as timm keeps them beside weights."""
-    swiglu = {"mlp_layer": "SwiGLU", "mlp_ratio": _swiglu_ratio(model)}
+    swiglu = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": _swiglu_ratio(model)}
     arguments: dict[str, Any] = {
         "img_size": model.image_size,
         "patch_size": model.patch_size,
