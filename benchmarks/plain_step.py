@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.heads import ProjectionHead
-from pretrain.layers import Attention, Block
+from pretrain.layers import Attention, Block, Mlp
 from pretrain.losses.koleo import koleo_loss
 from pretrain.student_teacher import Batch, StudentTeacher
 from pretrain.vit import ViT
@@ -38,9 +38,10 @@ def backbone(
     for x in (embedded(vit, crop, mask) for crop, mask in zip(crops, masks, strict=True)):
         for block in vit.blocks:
             assert isinstance(block, Block)
-            x = x + block.ls1(attention(block.attn, block.norm1(x)))
+            assert isinstance(block.mlp, Mlp)
+            x = x + attention(block.attn, block.norm1(x)) * block.ls1.gamma
             hidden = functional.gelu(block.mlp.fc1(block.norm2(x)))
-            x = x + block.ls2(block.mlp.fc2(hidden))
+            x = x + block.mlp.fc2(hidden) * block.ls2.gamma
         x = vit.norm(x)
         out.append((x[:, 0], x[:, 1:].flatten(0, 1)))
     return out
