@@ -39,9 +39,9 @@ def backbone(
         for block in vit.blocks:
             assert isinstance(block, Block)
             assert isinstance(block.mlp, Mlp)
-            x = x + block.ls1(attention(block.attn, block.norm1(x)))
+            x = x + attention(block.attn, block.norm1(x)) * block.ls1.gamma
             hidden = functional.gelu(block.mlp.fc1(block.norm2(x)))
-            x = x + block.ls2(block.mlp.fc2(hidden))
+            x = x + block.mlp.fc2(hidden) * block.ls2.gamma
         x = vit.norm(x)
         out.append((x[:, 0], x[:, 1:].flatten(0, 1)))
     return out

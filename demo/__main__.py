@@ -15,6 +15,7 @@ import yaml
 from curation import starter
 from curation.cli import main as curate
 from demo import images
+from pretrain.cli import main as pretrain
 
 FOLDER = Path("runs/demo")
 
@@ -41,10 +42,33 @@ def main(arguments: list[str]) -> int:
     _read_back(run)
     if not own:
         _check_copies(run)
+        if status := _train(run):
+            return status
     print(f"\nlook at it:        {run / 'report' / 'report.html'}")
     print(f"why is it there:   .venv/bin/curate why {run} KEY-OR-ID")
     print("your own images:   make demo IMAGES=~/Pictures LIKE=~/seeds")
     return 0
+
+
+def _train(run: Path) -> int:
+    """A few steps of DINOv2 on the shards, as they are; a real run takes far more of both."""
+    out = FOLDER / "train"
+    shutil.rmtree(out, ignore_errors=True)
+    print("\npretrain: a few steps of DINOv2 on these shards", flush=True)
+    given = ["train", "--config", "demo", "--shards", str(run / "shards"), "--out", str(out)]
+    few = {
+        "schedule.iterations": 6,
+        "schedule.batch": 16,
+        "schedule.warmup": 2,
+        "watch.log_every": 1,
+    }
+    status = pretrain([*given, *(f"--set={name}={value}" for name, value in few.items())])
+    for line in (out / "metrics.jsonl").read_text().splitlines() if not status else ():
+        told = json.loads(line)
+        print(
+            f"step {told['iteration']}: loss {told['loss']:.3f}, {told['images_per_s']:.1f} images/s"
+        )
+    return status
 
 
 def _recipe(run: Path) -> dict[str, object]:

@@ -96,12 +96,13 @@ def test_drop_path_keeps_the_residual_in_expectation() -> None:
         groups = ((5, 39),)
         x, _ = model._embed([crop], [None])
         block = model.blocks[0]
-        whole = x + block.ls1(block.attn(x, block.norm1, groups))
+        around = (block.norm1, block.ls1)
+        whole = x + block.attn(x, around, groups)
         torch.manual_seed(0)
         mean = torch.zeros_like(x)
         for _ in range(400):
             kept = draw_kept(groups, 0.4, x.device)
-            part = block.ls1(block.attn(x[kept.tokens], block.norm1, kept.groups))
+            part = block.attn(x[kept.tokens], around, kept.groups)
             mean += x.index_add(0, kept.tokens, part * kept.scale) / 400
     assert (mean - whole).abs().mean() < 0.1 * (whole - x).abs().mean()
 
