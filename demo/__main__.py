@@ -56,18 +56,12 @@ def _train(run: Path) -> int:
     shutil.rmtree(out, ignore_errors=True)
     print("\npretrain: a few steps of DINOv2 on these shards", flush=True)
     given = ["train", "--config", "demo", "--shards", str(run / "shards"), "--out", str(out)]
-    few = {
-        "schedule.iterations": 6,
-        "schedule.batch": 16,
-        "schedule.warmup": 2,
-        "watch.log_every": 1,
-    }
-    status = pretrain([*given, *(f"--set={name}={value}" for name, value in few.items())])
+    few = ("schedule.iterations=6", "schedule.batch=16", "schedule.warmup=2", "watch.log_every=1")
+    status = pretrain([*given, *(f"--set={setting}" for setting in few)])
     for line in (out / "metrics.jsonl").read_text().splitlines() if not status else ():
         told = json.loads(line)
-        print(
-            f"step {told['iteration']}: loss {told['loss']:.3f}, {told['images_per_s']:.1f} images/s"
-        )
+        speed = f"{told['images_per_s']:.1f} images/s"
+        print(f"step {told['iteration']}: loss {told['loss']:.3f}, {speed}")
     return status
 
 
