@@ -17,7 +17,12 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import ASSIGNMENTS
 from curation.stages import centroids
-from curation.stages.centroids import ClusterConfig, read_centroids, read_objective
+from curation.stages.cluster_tables import (
+    CENTROIDS_TABLE,
+    ClusterConfig,
+    read_centroids,
+    read_objective,
+)
 from curation.stages.tables import Part, VectorView, read_parts
 
 
@@ -28,7 +33,7 @@ def run(
     elapsed = timer()
     begin(store, "cluster", stage_fingerprint)
     pool = read_parts(store, "pool")
-    if not store.exists(centroids.CENTROIDS_TABLE):
+    if not store.exists(CENTROIDS_TABLE):
         centroids.fit(cfg, pool, store, executor, events)
     centroids.clear(store)
     have = {entry.path for entry in store.list("cluster/assignments")}
