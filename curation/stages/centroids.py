@@ -11,9 +11,10 @@ iteration. All of `cluster/fit` is deleted at the end.
 """
 
 import contextlib
+import functools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,7 +23,8 @@ import pyarrow as pa
 import torch
 
 from curation.algorithms import kmeans
-from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, Sweep, Totals, lloyd
+from curation.algorithms.groups import assigners
+from curation.algorithms.lloyd import Blocks, BlockSweep, Clustering, Metric, Sweep, Totals, lloyd
 from curation.algorithms.products import Floats
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, InProcessExecutor, Item
@@ -33,9 +35,11 @@ from curation.stages.cluster_tables import (
     FOLDER,
     ClusterConfig,
     Fitting,
+    Nearest,
     Slice,
     binary,
     centroids_table,
+    publish_groups,
     read_centroids,
     round_folder,
     sample_folder,
@@ -46,6 +50,7 @@ from curation.stages.tables import Part, column_bytes
 HERE_BYTES = 2_000_000_000  # of vectors in fp32: a larger sample is swept by the workers
 GROUPS = 64  # of slices: each writes totals of up to k x D whole numbers an iteration
 METRIC = Metric(spherical=True)
+Probe = Callable[[], Floats]  # rows on which finding the nearest is tried, read when needed
 REACHED = re.compile(rf"{FOLDER}/(\d+)/\d+\.parquet")
 
 
@@ -58,28 +63,40 @@ def fit(
     if not drawn:
         raise StoreError("cluster: no pool image is left after dedup; there is nothing to cluster")
     dim = drawn[0].load(cfg, store).shape[1]
-    here = 4 * dim * sum(one.rows for one in drawn) <= HERE_BYTES
-    if here:
+    count = sum(one.rows for one in drawn)
+    held: list[Floats] = []
+    if 4 * dim * count <= HERE_BYTES:
         fitting = replace(fitting, executor=InProcessExecutor())
+        held = [one.load(cfg, store) for one in drawn]
+    probe = functools.cache(partial(kmeans.probe, _blocks(fitting, drawn, held), count))
     with _all_cores():
-        fitted = _fit_rounds(fitting, drawn, here)
+        fitted = _fit_rounds(fitting, drawn, held, probe)
+        publish_groups(store, CENTROIDS_TABLE, fitted.centroids, probe)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)
     write_table(store, CENTROIDS_TABLE, centroids_table(fitted.centroids, {"objective": objective}))
 
 
-def _fit_rounds(fitting: Fitting, drawn: list[Slice], here: bool) -> Clustering:
-    """The last round's; `here`: in this process, which then holds the samples."""
+def _blocks(fitting: Fitting, slices: list[Slice], held: Sequence[Floats]) -> Blocks:
+    """The rows of slices, from `held` if this process holds them."""
+    return lambda: held or (one.load(fitting.cfg, fitting.store) for one in slices)
+
+
+def _fit_rounds(
+    fitting: Fitting, drawn: list[Slice], held: Sequence[Floats], probe: Probe
+) -> Clustering:
+    """What the last round has fitted."""
     cfg, store = fitting.cfg, fitting.store
-    held = [one.load(cfg, store) for one in drawn] if here else []
     _, number = _latest(store)
     slices = slices_of(store, number) if number else drawn
     while True:
-        rows = [one.load(cfg, store) for one in slices] if here and number else held
-        fitted = _fit_round(fitting, number, slices, rows)
+        rows = [one.load(cfg, store) for one in slices] if held and number else held
+        fitted = _fit_round(fitting, number, slices, rows, probe)
         if number == cfg.resample:
             return fitted
+        path, _ = _latest(store)
+        publish_groups(store, path, fitted.centroids, probe)
         number += 1
-        slices = resample(fitting, number, _latest(store)[0], drawn, held)
+        slices = resample(fitting, number, path, drawn, held)
         images = sum(one.rows for one in slices)
         if images <= cfg.k:  # each row would be its own centroid
             return fitted
@@ -87,23 +104,10 @@ def _fit_rounds(fitting: Fitting, drawn: list[Slice], here: bool) -> Clustering:
 
 
 def _fit_round(
-    fitting: Fitting, number: int, slices: list[Slice], held: Sequence[Floats]
+    fitting: Fitting, number: int, slices: list[Slice], held: Sequence[Floats], probe: Probe
 ) -> Clustering:
     """k-means of one sample, in this process if that holds its rows."""
-    cfg, store = fitting.cfg, fitting.store
-
-    def blocks() -> Iterator[Floats]:
-        return iter(held) if held else (one.load(cfg, store) for one in slices)
-
-    sweep: Sweep = WorkersSweep(fitting, slices)
-    if held:
-        sweep = BlockSweep(blocks, METRIC, kmeans.DEFAULT.make_assigner)
-
-    def note(now: Clustering) -> None:
-        _keep(now, number, store)
-        reached = {"iteration": len(now.objective), "objective": now.objective[-1]}
-        fitting.events.emit("cluster", "iteration", **reached, round=number)
-
+    cfg, store, blocks = fitting.cfg, fitting.store, _blocks(fitting, slices, held)
     start = _reached(store, number)
     if start is None:
         rng = np.random.default_rng([cfg.seed, 2, number] if number else cfg.seed)
@@ -111,6 +115,16 @@ def _fit_round(
         first = kmeans.first_centroids(blocks, count, cfg.k, rng, cfg.start, METRIC)
         start = Clustering(first, ())
         _keep(start, number, store)
+    sweep: Sweep = WorkersSweep(fitting, slices, probe)
+    if held:
+        make_assigner = assigners(METRIC.spherical, len(start.centroids), probe)
+        sweep = BlockSweep(blocks, METRIC, make_assigner)
+
+    def note(now: Clustering) -> None:
+        _keep(now, number, store)
+        reached = {"iteration": len(now.objective), "objective": now.objective[-1]}
+        fitting.events.emit("cluster", "iteration", **reached, round=number)
+
     return lloyd(start, sweep, cfg.iterations, METRIC, note)
 
 
@@ -137,10 +151,12 @@ class WorkersSweep:
 
     fitting: Fitting
     slices: list[Slice]
+    probe: Probe
 
     def __call__(self, centroids: Floats) -> Totals:
         cfg, store = self.fitting.cfg, self.fitting.store
         path, _ = _latest(store)
+        publish_groups(store, path, centroids, self.probe)
         size = -(-len(self.slices) // GROUPS)
         groups = [self.slices[at : at + size] for at in range(0, len(self.slices), size)]
         items = [
@@ -159,15 +175,14 @@ class SweepWorker:
 
     def __init__(self, cfg: ClusterConfig, run_uri: str, path: str) -> None:
         self._cfg, self._store, self._path = cfg, open_store(run_uri), path
-        self._centroids = read_centroids(self._store, path)
+        self._nearest = Nearest(self._store, path)
 
     def __call__(self, group: tuple[int, list[Slice]]) -> Counts:
         number, slices = group
-        totals = Totals.empty(*self._centroids.shape)
+        totals = Totals.empty(*self._nearest.centroids.shape)
         for one in slices:
             rows = one.load(self._cfg, self._store)
-            nearest = kmeans.DEFAULT.make_assigner(METRIC.spherical)
-            totals.add(rows, nearest(rows, self._centroids), METRIC)
+            totals.add(rows, self._nearest(rows), METRIC)
         write_table(self._store, _totals_path(self._path, number), _totals_table(totals))
         return {"images": int(totals.counts.sum())}
 

@@ -1,15 +1,19 @@
 """The tables of the cluster stage: centroids, and slices of the sample that they are fitted on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
-from curation.algorithms.products import Floats
+from curation.algorithms import groups
+from curation.algorithms.assign import Assigner
+from curation.algorithms.groups import Groups
+from curation.algorithms.products import Floats, Ints
+from curation.algorithms.search import Base
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, Item, MakeWorker, Work, map_parts, require_all
-from curation.runtime.store import Store, read_table
+from curation.runtime.store import Store, read_table, write_table
 from curation.stages.tables import Embedded, Part, VectorView, column_bytes
 
 CENTROIDS_TABLE = "cluster/centroids.parquet"
@@ -109,6 +113,46 @@ def centroids_table(centroids: Floats, facts: dict[str, str]) -> pa.Table:
     values = pa.array(centroids.ravel())
     rows = pa.FixedSizeListArray.from_arrays(values, centroids.shape[1])
     return pa.table({"centroid": rows}).replace_schema_metadata(facts)
+
+
+class Nearest:
+    """Published centroids as a worker holds them; very many with the groups published for them."""
+
+    def __init__(self, store: Store, path: str = CENTROIDS_TABLE) -> None:
+        self.centroids = read_centroids(store, path)
+        self._groups = None
+        if len(self.centroids) > groups.MANY:
+            self._groups = _read_groups(store, path, self.centroids)
+
+    def __call__(self, rows: Floats) -> Ints:
+        """Number (n,) of the nearest centroid of each row (n, D): see `groups.assigners`."""
+        if self._groups is None:
+            return Assigner(spherical=True)(rows, self.centroids)
+        return self._groups.assign(rows, self.centroids)
+
+
+def publish_groups(store: Store, path: str, centroids: Floats, probe: Callable[[], Floats]) -> None:
+    """For workers that read the centroids at `path`: made once, so that all find the same."""
+    if len(centroids) <= groups.MANY or store.exists(_groups_path(path)):
+        return
+    found = Groups.over(centroids, probe())
+    members = pa.ListArray.from_arrays(found.base.starts.astype(np.int32), found.base.numbers)
+    table = centroids_table(found.groups, {"beam": str(found.beam)})
+    write_table(store, _groups_path(path), table.append_column("members", members))
+
+
+def _read_groups(store: Store, path: str, centroids: Floats) -> Groups:
+    table = read_table(store, _groups_path(path))
+    members = table["members"].combine_chunks()
+    numbers, starts = members.values.to_numpy(), members.offsets.to_numpy().astype(np.int64)
+    base = Base(centroids[numbers], numbers, starts)
+    return Groups(
+        base, read_centroids(store, _groups_path(path)), int(table.schema.metadata[b"beam"])
+    )
+
+
+def _groups_path(path: str) -> str:
+    return f"{path.removesuffix('.parquet')}/groups.parquet"
 
 
 def binary(rows: np.ndarray) -> pa.FixedSizeBinaryArray:

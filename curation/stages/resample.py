@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.algorithms import kmeans
 from curation.algorithms.assign import scores_of
 from curation.algorithms.hierarchy import rows_to_keep
 from curation.algorithms.nearest import keys, limits
@@ -28,6 +27,7 @@ from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.stages.cluster_tables import (
     ClusterConfig,
     Fitting,
+    Nearest,
     Slice,
     read_centroids,
     round_folder,
@@ -81,12 +81,12 @@ class NearWorker:
         self, cfg: ClusterConfig, run_uri: str, number: int, path: str, held: Sequence[Floats]
     ) -> None:
         self._cfg, self._store, self._number, self._held = cfg, open_store(run_uri), number, held
-        self._centroids = read_centroids(self._store, path)
+        self._nearest = Nearest(self._store, path)
 
     def __call__(self, one: Slice) -> Counts:
         rows = self._held[one.number] if self._held else one.load(self._cfg, self._store)
-        cluster = kmeans.DEFAULT.make_assigner(True)(rows, self._centroids)
-        cosine = scores_of(rows, self._centroids, cluster)
+        cluster = self._nearest(rows)
+        cosine = scores_of(rows, self._nearest.centroids, cluster)
         table = pa.table({"cluster": cluster.astype(np.int32), "cosine": cosine})
         write_table(self._store, _near_path(self._number, one), table)
         return {"images": len(rows)}

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 
-from curation.algorithms import kmeans
-from curation.algorithms.assign import assign
+from curation.algorithms import groups, kmeans
+from curation.algorithms.assign import Assigner, assign
 from curation.algorithms.hierarchy import nearest_of_each
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor, MakeWorker, Outcome
 from curation.runtime.ray_executor import RayExecutor
-from curation.runtime.store import FileStore, Store, StoreError, write_table
+from curation.runtime.store import FileStore, Store, StoreError, read_table, write_table
 from curation.schema import DECISIONS, PARTS, vectors
 from curation.stages import centroids, cluster, cluster_sample
 from curation.stages.cluster_tables import (
@@ -93,7 +93,8 @@ def fitted(store: FileStore, cfg: ClusterConfig = CONFIG, executor: Any = None) 
         store.delete(entry.path)
     cluster.run(cfg, "print", store, executor or InProcessExecutor(), Events(store))
     left = {entry.path.split("/")[1] for entry in store.list("cluster")}
-    assert left == {"assignments", "centroids.parquet", "done.json", "started.json"}
+    files = {"assignments", "centroids.parquet", "done.json", "started.json"}
+    assert left == files | ({"centroids"} if cfg.k > groups.MANY else set())
     return store.read(CENTROIDS_TABLE)
 
 
@@ -155,6 +156,44 @@ def test_resampling_spreads_centroids_over_the_support(
         gaps = np.diff(np.sort(np.arctan2(found[:, 1], found[:, 0])))
         unlike[rounds].append(gaps.std() / gaps.mean())
     assert np.mean(unlike[5]) < 0.8 * np.mean(unlike[0]), unlike
+
+
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_many_centroids_are_found_through_the_same_groups_by_all(
+    store: FileStore, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The centroids and the assignments; in this process, by workers, and of parts in any order."""
+    monkeypatch.setattr(groups, "MANY", 39)
+    monkeypatch.setattr(groups, "AGREEMENT", 0.5)  # so that what is found depends on the groups
+    cfg = ClusterConfig("models", 40, 3, 8, "random", 3, rounds)
+    exact = Assigner(spherical=True)
+
+    def found(reverse: bool = False) -> list[bytes]:
+        executor = InProcessExecutor()
+        if reverse:
+            run = executor.map
+            monkeypatch.setattr(
+                executor, "map", lambda make, items, gpu: run_back(run, make, items)
+            )
+        fitted(store, cfg, executor)
+        return [store.read(entry.path) for entry in store.list("cluster/assignments")]
+
+    here, first = found(), store.read(CENTROIDS_TABLE)
+    monkeypatch.setattr(centroids, "HERE_BYTES", 0)
+    for reverse in (False, True):
+        assert found(reverse) == here
+        assert store.read(CENTROIDS_TABLE) == first
+    parts = read_parts(store, "pool")
+    rows = np.concatenate([cfg.view.load(store, part)[1] for part in parts])
+    tables = [read_table(store, cluster.assignments_path(part)) for part in parts]
+    mine = np.concatenate([table["cluster"].to_numpy() for table in tables])
+    share = (mine == exact(rows, read_centroids(store))).mean()
+    assert 0.5 < share < 1
+
+
+def run_back(run: Any, make_worker: MakeWorker, items: Sequence[Any]) -> Iterator[Outcome]:
+    for outcome in run(make_worker, items[::-1]):
+        yield replace(outcome, item=len(items) - 1 - outcome.item)
 
 
 @pytest.mark.slow
