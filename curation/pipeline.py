@@ -26,8 +26,8 @@ from curation.runtime.manifest import (
 from curation.runtime.store import Store, StoreError, open_store, split_uri
 from curation.schema import VERSIONS
 from curation.stages import (
-    centroids,
     cluster,
+    cluster_tables,
     dedup,
     embed,
     ingest,
@@ -66,7 +66,7 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
     dedup_cfg = dedup.DedupConfig(search=how, **{**thresholds, **given, **common})
-    cluster_cfg = centroids.ClusterConfig(**{**r.cluster.model_dump(), **common})
+    cluster_cfg = cluster_tables.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), search=how, **common)
     shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)

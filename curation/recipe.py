@@ -118,12 +118,15 @@ class Cluster(Model):
     """Spherical k-means of the kept pool, trained on a sample of it (0: on all of it).
 
     `start: k-means++` finds small groups that random images miss; take it up to k = 2000.
+    `resample: 10`, for the mode `hierarchical`, fits ten times more on the rows nearest to each
+    centroid (arXiv 2405.15613): centroids spread over what there is. It takes six times as long.
     """
 
     k: int = Field(100_000, ge=1)
     iterations: int = Field(20, ge=1, le=1000)
     sample_per_centroid: int = Field(256, ge=0)
     start: Literal["random", "k-means++"] = "random"
+    resample: int = Field(0, ge=0, le=100)
 
 
 class Search(Model):

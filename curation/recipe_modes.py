@@ -78,7 +78,8 @@ class Hierarchical(Model):
     Clusters of clusters share `target_size` images from the top down, each level as evenly as the
     sizes allow (Vo et al., arXiv 2405.15613). `levels` is how many levels of clusters there are:
     the first has `cluster.k`, each further one a tenth of the clusters of the one below, at least
-    2. Or it lists the cluster counts of the levels above the first.
+    2. Or it lists the cluster counts of the levels above the first. `cluster.resample: 10` spreads
+    the first over the concepts as the paper does; the levels above always are.
     """
 
     levels: Annotated[int | tuple[int, ...], BeforeValidator(_levels)] = 3

@@ -37,7 +37,7 @@ encoder: {{model: {model}}}
 
 # copy_descriptor: {{weights: sscd_disc_mixup.torchscript.pt}}   # left out: the built-in one
 dedup: {{k: 64}}              # thresholds: those of the copy descriptor, or min_cosine: 0.6
-cluster: {{k: {k}}}
+cluster: {{k: {k}}}           # for hierarchical add resample: 10, which takes six times as long
 shards: {{images_per_shard: 10000}}
 """
 

@@ -1,5 +1,6 @@
 """The nearest of very many centroids, nearly always: looked for in a few groups of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numba
@@ -16,7 +17,7 @@ SAMPLE_PER_GROUP = 32
 AGREEMENT = 0.995  # of rows whose nearest centroid must be found
 AGREEMENT_ROWS = 2048  # on which that is measured
 TILE_ROWS = 8192
-SAMPLE_SEED = (3, 14, 15)  # nobody else's: a fit of seed 0 may have begun from the rows of seed 0
+SAMPLE_SEED = (3, 14, 15)
 MANY = 16_384  # above so many centroids k-means looks for the nearest through groups
 FINALISTS = 2  # compared exactly
 
@@ -78,71 +79,61 @@ class Groups:
         each_tile(len(rows), TILE_ROWS, tile)
         return found
 
+    def assign(self, rows: Floats, centroids: Floats) -> Ints:
+        """Number (n,) of the nearest of the centroids (k, D) that is found for rows (n, D)."""
+        near, cluster = self.nearest(rows, FINALISTS).number, np.empty(len(rows), np.int64)
+        state = (rows, centroids, near, cluster)
+        each_tile(len(rows), TILE_ROWS, lambda a, b: _settle(a, b, *state))
+        return cluster
+
 
 class GroupedAssigner:
     """Assigns rows to very many unit centroids, looking only near: nearly always the nearest.
 
     The centroids are put in about sqrt(k) groups, and each row is compared with those of its
-    `beam` nearest groups: as many as it takes to find the nearest of all for AGREEMENT of a
-    sample of the rows. The centroid of the row's last call is compared as well, so that Lloyd's
-    objective doesn't fall because a row lost sight of it. The finalists are compared in fp64.
+    `beam` nearest groups: as many as it takes to find the nearest of all for AGREEMENT of `probe`
+    (s, D), rows like those that will be asked for. The finalists are compared in fp64.
 
-    A call depends on the rows of the block, the centroids, and the last call; not on threads.
-    Between calls it holds 8 bytes a row; in a call 24 bytes a row more, a second copy of the
-    centroids in order of groups, and for each thread the scores of 512 x 2,048 pairs. (What
-    compares all holds 46 bytes a row and the centroids of several calls.)
+    What a row gets depends on the row, the centroids and the probe: one assigner serves all blocks
+    of a fit, and `Groups` made elsewhere of the same probe give the same. Held between calls: the
+    last centroids, and a second copy of them in order of groups; in a call 24 bytes a row, and for
+    each thread the scores of 512 x 2,048 pairs. (What compares all holds 46 bytes a row and the
+    centroids of several calls.)
     """
 
-    def __init__(self, spherical: bool = True) -> None:
-        if not spherical:
-            raise ValueError("centroids are grouped by direction: plain k-means compares with all")
-        self._before = np.empty(0, np.int64)
+    def __init__(self, probe: Floats) -> None:
+        self._probe = probe
+        self._of: Floats | None = None
+        self._groups: Groups
 
     def __call__(self, rows: Floats, centroids: Floats) -> Ints:
         """Number (n,) of the nearest centroid that was found for every row."""
-        if len(self._before) != len(rows):
-            self._before = np.full(len(rows), NONE)
-        self._before[self._before >= len(centroids)] = NONE
-        tried = min(AGREEMENT_ROWS, len(rows))
-        chosen = np.sort(np.random.default_rng(SAMPLE_SEED).choice(len(rows), tried, replace=False))
-        near = Groups.over(centroids, rows[chosen]).nearest(rows, FINALISTS).number
-        cluster = np.empty(len(rows), np.int64)
-        state = (rows, centroids, near, self._before, cluster)
-        each_tile(len(rows), TILE_ROWS, lambda a, b: _settle(a, b, *state))
-        self._before = cluster.copy()
-        return cluster
+        if centroids is not self._of:
+            self._of, self._groups = centroids, Groups.over(centroids, self._probe)
+        return self._groups.assign(rows, centroids)
 
 
-def make_assigner(spherical: bool) -> Assign:
-    """What finds the nearest centroids of one block, exactly up to MANY unit centroids.
+def assigners(spherical: bool, k: int, probe: Callable[[], Floats]) -> Callable[[bool], Assign]:
+    """Makes what finds the nearest of k centroids for each block of a fit.
 
-    Above that each call stands for itself, so that a resumed fit is one that never stopped.
+    Exactly up to MANY unit centroids; above, all blocks share groups that are fit for the rows that
+    `probe` gives.
     """
-    exact = Assigner(spherical)
-
-    def nearest(rows: Floats, centroids: Floats) -> Ints:
-        if spherical and len(centroids) > MANY:
-            return GroupedAssigner()(rows, centroids)
-        return exact(rows, centroids)
-
-    return nearest
+    if not spherical or k <= MANY:  # centroids are grouped by direction
+        return Assigner
+    shared = GroupedAssigner(probe())
+    return lambda _: shared
 
 
 @numba.njit(nogil=True, cache=True)
 def _settle(
-    start: int,
-    stop: int,
-    rows: Floats,
-    centroids: Floats,
-    near: Ints,
-    before: Ints,
-    cluster: Ints,
+    start: int, stop: int, rows: Floats, centroids: Floats, near: Ints, cluster: Ints
 ) -> None:
-    """The nearest of the near ones and of the one before, of equal ones the first."""
+    """The nearest of the near ones, of equal ones the first."""
     for i in range(start, stop):
         best, at = -np.inf, np.int64(NONE)
-        for slot in range(near.shape[1] + 1):
-            j = near[i, slot] if slot < near.shape[1] else before[i]
+        for slot in range(near.shape[1]):
+            j = near[i, slot]
             if j != NONE:
                 exact = exact_dot(rows[i], centroids[j])
                 if at == NONE or exact > best or (exact == best and j < at):

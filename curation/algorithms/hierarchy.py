@@ -48,12 +48,12 @@ def fit_flat(rows: Floats, k: int, rng: np.random.Generator) -> Floats:
 
     Plain k-means puts centroids where rows are dense. Fitted again on equally many rows of each
     cluster, those nearest to its centroid, it spreads them more evenly over the support
-    (algorithm 1). We take half of a cluster's mean size: less than most of them have.
+    (algorithm 1).
     """
     centroids = _fit(rows, k, rng)
     for _ in range(RESAMPLINGS):
         cluster, cosine = assign(rows, centroids)
-        near = nearest_of_each(cluster, cosine, max(1, len(rows) // (2 * k)))
+        near = nearest_of_each(cluster, cosine, rows_to_keep(len(rows), k))
         if len(near) <= k:  # each row would be its own centroid
             break
         centroids = _fit(rows[near], k, rng)
@@ -64,6 +64,14 @@ def _fit(rows: Floats, k: int, rng: np.random.Generator) -> Floats:
     """With few centroids the start decides what is found, and one from random rows misses some."""
     options = kmeans.Options(start="k-means++" if k <= SEEDED else "random")
     return kmeans.fit(rows, k, ITERATIONS, rng, options).centroids
+
+
+def rows_to_keep(count: int, k: int) -> int:
+    """How many of `count` rows to take from each of k clusters, to fit again on the nearest.
+
+    Half of a cluster's mean size: less than most of them have.
+    """
+    return max(1, count // (2 * k))
 
 
 def nearest_of_each(cluster: Ints, cosine: Floats, per_cluster: int) -> Ints:

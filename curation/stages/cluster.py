@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.algorithms import kmeans
 from curation.algorithms.assign import scores_of
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
@@ -17,7 +16,13 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import ASSIGNMENTS
 from curation.stages import centroids
-from curation.stages.centroids import ClusterConfig, read_centroids, read_objective
+from curation.stages.cluster_tables import (
+    CENTROIDS_TABLE,
+    ClusterConfig,
+    Nearest,
+    read_centroids,
+    read_objective,
+)
 from curation.stages.tables import Part, VectorView, read_parts
 
 
@@ -28,7 +33,7 @@ def run(
     elapsed = timer()
     begin(store, "cluster", stage_fingerprint)
     pool = read_parts(store, "pool")
-    if not store.exists(centroids.CENTROIDS_TABLE):
+    if not store.exists(CENTROIDS_TABLE):
         centroids.fit(cfg, pool, store, executor, events)
     centroids.clear(store)
     have = {entry.path for entry in store.list("cluster/assignments")}
@@ -60,12 +65,12 @@ class AssignWorker:
 
     def __init__(self, view: VectorView, run_uri: str) -> None:
         self._view, self._store = view, open_store(run_uri)
-        self._centroids = read_centroids(self._store)
+        self._nearest = Nearest(self._store)
 
     def __call__(self, part: Part) -> Counts:
         numbers, rows = self._view.load(self._store, part)
-        cluster = kmeans.DEFAULT.make_assigner(True)(rows, self._centroids)
-        cosine = scores_of(rows, self._centroids, cluster)
+        cluster = self._nearest(rows)
+        cosine = scores_of(rows, self._nearest.centroids, cluster)
         arrays = [pa.array(numbers), pa.array(cluster.astype(np.int32)), pa.array(cosine)]
         table = pa.Table.from_arrays(arrays, schema=ASSIGNMENTS)
         write_table(self._store, assignments_path(part), table)

@@ -13,8 +13,8 @@ from curation.algorithms import hierarchy
 from curation.algorithms.sampling import Ints
 from curation.runtime.store import Store, read_table, write_table
 from curation.schema import HIERARCHY
-from curation.stages.centroids import read_centroids
 from curation.stages.cluster import assignments_path
+from curation.stages.cluster_tables import read_centroids
 from curation.stages.modes import Choices, HierarchicalConfig, Task, draw
 from curation.stages.tables import column_numpy, read_parts
 

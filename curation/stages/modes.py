@@ -17,8 +17,8 @@ from curation.runtime.executor import Executor
 from curation.runtime.manifest import fingerprint
 from curation.runtime.store import Store, read_table
 from curation.schema import ASSIGNMENTS
-from curation.stages.centroids import read_centroids
 from curation.stages.cluster import assignments_path
+from curation.stages.cluster_tables import read_centroids
 from curation.stages.neighbour_plan import Join, SearchConfig
 from curation.stages.neighbours import answers, search
 from curation.stages.tables import Embedded, Part, VectorView, column_numpy, ids_of, read_parts

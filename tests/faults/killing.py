@@ -36,9 +36,9 @@ def run_and_die(
     from curation.algorithms.components import Components
     from curation.cli import main
     from curation.runtime.store import FileStore
-    from curation.stages import centroids, neighbours
+    from curation.stages import centroids, cluster_sample, neighbours
 
-    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = centroids.SLICE_ROWS = limits[0]
+    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = cluster_sample.SLICE_ROWS = limits[0]
     centroids.HERE_BYTES = limits[1]
     knn.ROWS_PER_CELL, knn.FEW_CELLS = 3, 2
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays

@@ -117,6 +117,7 @@ def test_killed_in_the_union_find(mortal: Mortal) -> None:
 def test_killed_between_and_within_iterations_of_kmeans(mortal: Mortal, here_bytes: int) -> None:
     """By workers (0), also between their totals, and in the driver: with the same bytes."""
     mortal.work.recipe["cluster"] = {"k": 5, "iterations": 4, "sample_per_centroid": 5}
+    mortal.work.recipe["cluster"]["resample"] = 2
     mortal.rows = 7
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
@@ -125,8 +126,13 @@ def test_killed_between_and_within_iterations_of_kmeans(mortal: Mortal, here_byt
     assert mortal.run() == 0, mortal.log.read_text()
     assert final_files(mortal.work.run_folder) == whole
     points = list(enumerate(mortal.points(), 1))
-    kinds = ["published cluster/fit/sample", "written cluster/fit", "published cluster/fit"]
-    kinds += ["deleted cluster/fit"] + ([] if here_bytes else ["published cluster/fit/0001"])
+    kinds = ["published cluster/fit/000/sample", "written cluster/fit/000"]
+    kinds += ["published cluster/fit/000", "deleted cluster/fit/000"]
+    by_workers = ["published cluster/fit/000/0001", "written cluster/fit/002/0001"]
+    kinds += [] if here_bytes else by_workers
+    kinds += ["published cluster/fit/001/near", "written cluster/fit/001/sample"]
+    kinds += ["published cluster/fit/001", "deleted cluster/fit/001/near"]
+    kinds += ["published cluster/fit/002/sample", "deleted cluster/fit/001/sample"]
     for kind in kinds:
         at = [number for number, point in points if point == kind]
         assert check_resumed(mortal, at[len(at) // 2], whole) == "cluster", kind

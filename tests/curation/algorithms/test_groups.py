@@ -7,19 +7,21 @@ from test_knn import NEAR_EQUAL, around, unit
 
 from curation.algorithms import groups as module
 from curation.algorithms.assign import Assigner, assign, scores_of
-from curation.algorithms.groups import AGREEMENT, GroupedAssigner, Groups, make_assigner
-from curation.algorithms.kmeans import Options, fit
+from curation.algorithms.groups import AGREEMENT, GroupedAssigner, Groups, assigners
+from curation.algorithms.kmeans import Options, fit, fit_blocks
 from curation.algorithms.products import Floats
 
 
 def test_grouped_centroids_are_nearly_always_the_nearest() -> None:
     rows, centroids = around(60, 20_000, 32, 0.1, 0), around(60, 2000, 32, 0.1, 1)
-    cluster = GroupedAssigner()(rows, centroids)
+    cluster = GroupedAssigner(rows[::10])(rows, centroids)
     wanted, _ = assign(rows, centroids)
     assert (cluster == wanted).mean() >= AGREEMENT - 0.003
     assert Groups.over(centroids, rows[::10]).beam < 45 / 2  # of about 45 groups
     torch.set_num_threads(2)
-    assert GroupedAssigner()(rows, centroids).tobytes() == cluster.tobytes()
+    assigner = GroupedAssigner(rows[::10])
+    for block in (slice(100, 4321), slice(0, 1), slice(0, 20_000)):  # whatever came before
+        assert assigner(rows[block], centroids).tobytes() == cluster[block].tobytes()
 
 
 def test_grouped_kmeans_ends_where_exact_kmeans_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,28 +32,22 @@ def test_grouped_kmeans_ends_where_exact_kmeans_ends(monkeypatch: pytest.MonkeyP
 
     exact = objective(Options(make_assigner=Assigner))
     assert objective(Options()) == exact  # not many
-    with_memory = objective(Options(make_assigner=GroupedAssigner))
     monkeypatch.setattr(module, "MANY", 1999)
-    by_default = objective(Options())
-    for reached in (with_memory, by_default):
-        assert reached != exact
-        assert reached[-1] > (1 - 1e-3) * exact[-1]  # it may end in a better place, too
-        assert reached[-1] == pytest.approx(exact[-1], rel=5e-3)
-        assert (np.diff(reached) > 0).all()
+    reached = objective(Options())
+    assert reached != exact
+    assert reached[-1] > (1 - 1e-3) * exact[-1]  # it may end in a better place, too
+    assert reached[-1] == pytest.approx(exact[-1], rel=5e-3)
+    assert (np.diff(reached) > 0).all()
 
 
-def test_a_row_keeps_its_centroid_when_none_nearer_is_found(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows, centroids = unit(500, 48, 0), unit(400, 48, 1)
-    exact, _ = assign(rows, centroids)
-    assigner = GroupedAssigner()
-    assigner(rows, centroids)
-    monkeypatch.setattr(module, "AGREEMENT", 0.0)
-    seen = GroupedAssigner()(rows, centroids)
-    assert (seen != exact).mean() > 0.01  # now most groups go unseen
-    assert (assigner(rows, centroids) == exact).mean() > 0.99
-    assert assigner(rows[:9], centroids[:3]).max() < 3  # other rows: a new start
+def test_a_fit_of_many_is_the_same_however_rows_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MANY", 199)
+    rows = around(300, 6000, 32, 0.1, 0)
+    whole = fit(rows, 200, 4, np.random.default_rng(0))
+    blocks = [rows[:0], rows[:7], rows[7:4000], rows[4000:4000], rows[4000:]]
+    cut = fit_blocks(lambda: blocks, 200, 4, np.random.default_rng(0))
+    assert cut.centroids.tobytes() == whole.centroids.tobytes()
+    assert cut.objective == whole.objective
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,7 @@ def test_a_row_keeps_its_centroid_when_none_nearer_is_found(
 )
 def test_adversarial_centroids_are_assigned(centroids: Floats) -> None:
     for rows in (unit(700, 8, 5), unit(1, 8, 6), np.empty((0, 8), np.float32), centroids):
-        cluster = GroupedAssigner()(rows, centroids)
+        cluster = GroupedAssigner(rows)(rows, centroids)
         score = scores_of(rows, centroids, cluster)
         _, best = assign(rows, centroids)
         assert (score >= best - 1e-6).mean() >= AGREEMENT if len(rows) else len(cluster) == 0
@@ -77,9 +73,7 @@ def test_adversarial_centroids_are_assigned(centroids: Floats) -> None:
 
 
 def test_plain_kmeans_of_many_compares_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="plain k-means compares with all"):
-        GroupedAssigner(spherical=False)
     monkeypatch.setattr(module, "MANY", 5)
-    rows, centroids = unit(50, 8, 0) * 3, unit(20, 8, 1)
-    cluster = make_assigner(False)(rows, centroids)
-    np.testing.assert_array_equal(cluster, assign(rows, centroids, False)[0])
+    assert assigners(False, 20, lambda: unit(5, 8, 0)) is Assigner
+    assert assigners(True, 5, lambda: unit(5, 8, 0)) is Assigner
+    assert isinstance(assigners(True, 20, lambda: unit(5, 8, 0))(True), GroupedAssigner)
