@@ -200,7 +200,7 @@ def run_back(run: Any, make_worker: MakeWorker, items: Sequence[Any]) -> Iterato
 def test_one_two_and_four_ray_workers_fit_the_same(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = ClusterConfig("models", 7, 2, 40, "random", 3, 1)
+    cfg = ClusterConfig("models", 7, 2, 40, "random", 3, 0)
     here = fitted(store, cfg)
     monkeypatch.setattr(centroids, "HERE_BYTES", 0)
     for workers in (1, 2, 4):
