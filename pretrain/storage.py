@@ -85,7 +85,8 @@ class LocalStorage:
         try:
             if length is None:
                 return (self._root / name).read_bytes()
-            return os.pread(self._open(name).number, length, offset)
+            file = self._open(name)  # held: another thread may put it out of the cache meanwhile
+            return os.pread(file.number, length, offset)
         except OSError as error:
             raise self._explain(name, error) from None
 
