@@ -3,11 +3,11 @@
 Each actor holds one worker (the model is loaded once) and has at most two items, so that the next
 one is there when the first ends. The bookkeeping is here, not in Ray's queues: an actor that dies
 gives its items back and is replaced, so that a lost node never takes work with it; actors that
-can't be placed simply get none; nodes that join are used.
+can't be placed simply get none; nodes that join are used. Actors outlive a `map`, since to start
+one takes seconds and an iteration of k-means is a `map`.
 """
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,13 +27,13 @@ RESIZE_S = 10.0
 
 
 class _Actor:
-    def __init__(self, make_worker: MakeWorker) -> None:
+    def __init__(self) -> None:
         one_thread()
+
+    def join(self, make_worker: MakeWorker) -> None:
+        """Leaves the `map` before, and frees its worker."""
         self._make_worker = make_worker
         self._worker: Any = None
-
-    def ready(self) -> int:
-        return os.getpid()
 
     def work(self, item: Any) -> Any:
         if self._worker is None:
@@ -59,6 +59,7 @@ class RayExecutor:
                 f" {' '.join(str(error).split())[:200]}); use an address, `local` or `off`"
             ) from None
         self._limit = workers
+        self._resting: dict[bool, list[Any]] = {}  # with a GPU or without -> actors of no `map`
         self.workers = self._capacity(gpu=False)
 
     def _capacity(self, gpu: bool) -> int:
@@ -70,7 +71,11 @@ class RayExecutor:
         self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
     ) -> Iterator[Outcome]:
         gpu = gpu and _resources().get("GPU", 0) >= 1
-        pool = _Pool(make_worker, items, gpus=int(gpu))
+        if not items:
+            return
+        for actor in self._resting.pop(not gpu, []):  # they hold CPUs that these may need
+            ray.kill(actor)
+        pool = _Pool(make_worker, items, int(gpu), self._resting.pop(gpu, []))
         try:
             resized = 0.0
             while pool.unfinished:
@@ -79,7 +84,7 @@ class RayExecutor:
                 pool.grow(min(self.workers, pool.unfinished))
                 yield from pool.step()
         finally:
-            pool.close()
+            self._resting[gpu] = pool.close()
 
     def close(self) -> None:
         ray.shutdown()
@@ -93,22 +98,27 @@ def _resources() -> dict[str, float]:
 class _Pool:
     """Items and actors of one `map`."""
 
-    def __init__(self, make_worker: MakeWorker, items: Sequence[Any], gpus: int) -> None:
-        self._make_worker, self._items = make_worker, items
+    def __init__(
+        self, make_worker: MakeWorker, items: Sequence[Any], gpus: int, resting: Sequence[Any]
+    ) -> None:
+        self._make_worker, self._items = ray.put(make_worker), items
         self._class: Any = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(_Actor)
         self._queue = deque(range(len(items)))
         self._attempts = [0] * len(items)
         self._running: dict[Any, tuple[Any, int]] = {}  # result ref -> (actor, item)
-        self._starting: dict[Any, Any] = {}  # ready ref -> actor
-        self._held: dict[Any, list[int]] = {}  # ready actor -> its items, the running one first
+        self._starting: dict[Any, Any] = {}  # joining ref -> actor
+        self._held: dict[Any, list[int]] = {}  # joined actor -> its items, the running one first
         self._failed_starts = 0
         self.unfinished = len(items)
+        for actor in resting:
+            self._start(actor)
 
     def grow(self, wanted: int) -> None:
-        make_worker = self._make_worker
         for _ in range(wanted - len(self._held) - len(self._starting)):
-            actor = self._class.remote(make_worker)
-            self._starting[actor.ready.remote()] = actor
+            self._start(self._class.remote())
+
+    def _start(self, actor: Any) -> None:
+        self._starting[actor.join.remote(self._make_worker)] = actor
 
     def step(self) -> list[Outcome]:
         """Hands out work, waits a moment, and collects what has ended."""
@@ -141,11 +151,12 @@ class _Pool:
         self.unfinished -= 1
         return outcome
 
-    def _started(self, actor: Any, ready: Any) -> None:
+    def _started(self, actor: Any, joined: Any) -> None:
         """An actor that could not start is replaced by the next `grow`."""
         try:
-            ray.get(ready)
+            ray.get(joined)
         except RayError as error:
+            ray.kill(actor)
             self._failed_starts += 1
             if self._failed_starts < FAILED_STARTS:
                 return
@@ -165,6 +176,10 @@ class _Pool:
         why = str(error).partition("\n")[0]  # what follows are ids, which differ from run to run
         return Outcome(item, None, f"worker_died: {ATTEMPTS} workers died on this part ({why})")
 
-    def close(self) -> None:
-        for actor in [*self._held, *self._starting.values()]:
-            ray.kill(actor)
+    def close(self) -> list[Any]:
+        """Actors that are free for another `map`; those that are at work are killed."""
+        for actor, held in self._held.items():
+            if held:
+                ray.kill(actor)
+        free = [actor for actor, held in self._held.items() if not held]
+        return [*free, *self._starting.values()]

@@ -1,6 +1,7 @@
 """Real Ray: workers that die, a part that kills them, Ctrl-C, and a job on a cluster."""
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -121,6 +122,20 @@ def test_a_worker_that_is_killed_and_a_part_that_kills(
     assert len(pids(tmp_path, "good-1")) == 2
     # Beside it only what was under way when a worker was killed is done again.
     assert sum(len(pids(tmp_path, name)) for name in names[:5]) <= 7
+
+
+def test_a_second_map_finds_the_workers_of_the_first(
+    tmp_path: Path, ray_of_two: RayExecutor
+) -> None:
+    for name in ("a", "b"):
+        worker = functools.partial(Slow, str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        outcomes = list(ray_of_two.map(worker, ["1", "2", "3", "4"]))
+        assert all(outcome.counts for outcome in outcomes)
+    first, second = (
+        {pid for number in "1234" for pid in pids(tmp_path / name, number)} for name in ("a", "b")
+    )
+    assert first & second
 
 
 class _Missing:
