@@ -8,10 +8,10 @@ demo: .venv/demo.done
 	.venv/bin/python -m demo "$(IMAGES)" "$(LIKE)"
 
 test: .venv/dev.done
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-all: .venv/dev.done
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/dev.done
 	.venv/bin/ruff check .

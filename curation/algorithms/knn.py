@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
+from curation.algorithms.crowds import ALIKE, without_crowds
 from curation.algorithms.products import Floats, Ints, check_finite
 from curation.algorithms.search import Base, Queries, Visits, search
 
@@ -50,6 +51,16 @@ class Search:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 
+    @property
+    def alike(self) -> float:
+        """Above this product, any neighbours of a row are as good as its nearest."""
+        return max(ALIKE, self.min_score) if self.itself else np.inf
+
+    def telling(self, truth: Neighbours) -> Bools:
+        """Which of some queries (n,), by their true neighbours, must find just these."""
+        telling: Bools = np.any(truth.score <= self.alike, axis=1)
+        return telling
+
 
 @dataclass(frozen=True)
 class Joined:
@@ -84,16 +95,16 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
     sample = Queries(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     truth = exact(sample, [Queries(rows, distinct)], what)
-    pairs = Pairs.of(truth, lambda number: np.searchsorted(distinct, number), rows, cell)
+    must = np.where(what.telling(truth)[:, None], truth.number, NONE)
+    pairs = Pairs.of(must, lambda number: np.searchsorted(distinct, number), rows, cell)
     cells, nprobe = choose_nprobe(cells, sample.rows, pairs, what)
-    sorted_base = Base.of(rows, distinct, cell, len(cells))
     best = Best(len(queries), what.k, what.min_score)
     if what.itself:
-        _join_itself(sorted_base, cells, nprobe, best)
+        _join_itself(Queries(rows, distinct), cells, cell, nprobe, what, best)
     else:
-        _join_chunks(queries, sorted_base, cells, nprobe, best)
+        _join_chunks(queries, Base.of(rows, distinct, cell, len(cells)), cells, nprobe, best)
     found = best.sorted()
-    measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth)
+    measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
     if what.itself:
@@ -101,15 +112,29 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     return Joined(found, len(cells), nprobe, measured)
 
 
-def _join_itself(base: Base, cells: Cells, nprobe: int, best: Best) -> None:
-    """Best (n) by number. All rows of the base ask, a chunk at a time."""
-    found = Best(len(base.rows), *best.score.shape[1:], float(best.score[0, 0]))
-    queries = Queries(base.rows, base.numbers)
-    for start in range(0, len(base.rows), CHUNK_ROWS):
-        way = cells.nearest(base.rows[start : start + CHUNK_ROWS], nprobe).number
-        asking = Visits.of(way, len(cells))
-        search(queries, Visits(asking.queries + start, asking.starts), base, found, found)
-    best.score[base.numbers], best.number[base.numbers] = found.score, found.number
+def standing(rows: Floats, cell: Ints, cells: int, what: Search) -> Bools:
+    """Which rows (m, D) of a self-join, put in cells (m,), answer those that ask (m,)."""
+    if cells <= FEW_CELLS:
+        return np.ones(len(rows), np.bool_)
+    return without_crowds(rows, cell, cells, what.alike)
+
+
+def _join_itself(
+    rows: Queries, cells: Cells, cell: Ints, nprobe: int, what: Search, best: Best
+) -> None:
+    """Best (n) by number. All rows (m, D) ask, a chunk at a time; of a crowd one row answers."""
+    stays = standing(rows.rows, cell, len(cells), what)
+    order = np.lexsort((cell, ~stays))  # the base first: there a position says both
+    asking = Queries(rows.rows[order], rows.numbers[order])
+    base = slice(int(stays.sum()))
+    starts = np.searchsorted(cell[order[base]], np.arange(len(cells) + 1))
+    answering = Base(asking.rows[base], asking.numbers[base], starts)
+    found = Best(len(order), what.k, what.min_score)
+    for start in range(0, len(order), CHUNK_ROWS):
+        way = cells.nearest(asking.rows[start : start + CHUNK_ROWS], nprobe).number
+        visits = Visits.of(way, len(cells))
+        search(asking, Visits(visits.queries + start, visits.starts), answering, found, found)
+    best.score[asking.numbers], best.number[asking.numbers] = found.score, found.number
 
 
 def _join_chunks(queries: Floats, base: Base, cells: Cells, nprobe: int, best: Best) -> None:
@@ -193,12 +218,10 @@ class Pairs:
     rows: Floats
 
     @classmethod
-    def of(
-        cls, truth: Neighbours, position: Callable[[Ints], Ints], rows: Floats, cell: Ints
-    ) -> "Pairs":
-        """From neighbours whose numbers are found at a position of `rows` (m, D), `cell` (m,)."""
-        query, column = np.nonzero(truth.number != NONE)
-        at = position(truth.number[query, column])
+    def of(cls, truth: Ints, position: Callable[[Ints], Ints], rows: Floats, cell: Ints) -> "Pairs":
+        """From numbers of neighbours (s, k), each at a position of `rows` (m, D), `cell` (m,)."""
+        query, column = np.nonzero(truth != NONE)
+        at = position(truth[query, column])
         return cls(query, cell[at], rows[at])
 
 
@@ -236,9 +259,14 @@ def _met(cells: Cells, rows: Floats, row: Ints, target: Ints, nprobe: int) -> Bo
     return met
 
 
-def recall(found: Neighbours, truth: Neighbours) -> float:
-    """The share of true neighbours that were found; a tie counts as found."""
+def recall(found: Neighbours, truth: Neighbours, alike: float = np.inf) -> float:
+    """The share of true neighbours that were found; a tie counts as found.
+
+    To a row whose neighbours are all above `alike` one of these counts as all.
+    """
     last = np.where(truth.number == NONE, np.inf, truth.score).min(axis=1, keepdims=True)
     wanted = (truth.number != NONE).sum()
-    hits = ((found.number != NONE) & (found.score >= last - 1e-6)).sum()
+    hit = (found.number != NONE) & (found.score >= last - 1e-6)
+    joined = (truth.score > alike).all(axis=1) & (found.score > alike).any(axis=1)
+    hits = np.where(joined, truth.score.shape[1], hit.sum(axis=1)).sum()
     return float(min(hits, wanted) / wanted) if wanted else 1.0

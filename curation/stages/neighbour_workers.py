@@ -122,6 +122,9 @@ class PartitionWorker:
                 "vector", vectors(rows.rows[at])
             ),
         )
+        if join.itself:
+            stays = knn.standing(rows.rows, cell, len(plan.cells), join.what)
+            table, cell = table.filter(pa.array(stays)), cell[stays]
         send(store, join.path("base", chunk), table, plan.bucket_of(cell), plan.buckets)
         return {"images": len(rows.rows)}
 

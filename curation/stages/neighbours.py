@@ -239,6 +239,8 @@ def _choose_way(join: Join, store: Store) -> None:
     """In how many cells a query asks, by the sample's true neighbours."""
     plan = Plan.load(store, join.setup("plan"))
     table = best_of(_truth(join, store), join.k)
+    sampled, rank = np.unique(column_numpy(table, "query"), return_inverse=True)
+    table = table.filter(pa.array(join.what.telling(as_neighbours(table, sampled, join.k))[rank]))
     pairs = knn.Pairs(column_numpy(table, "query"), column_numpy(table, "cell"), rows_of(table))
     sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
     try:
@@ -283,4 +285,4 @@ def _recall(join: Join, store: Store) -> float:
         table.filter(pa.array(np.isin(table["query"].to_numpy(), numbers)))
         for table in answers(join, store)
     )
-    return knn.recall(as_neighbours(found, numbers, join.k), true)
+    return knn.recall(as_neighbours(found, numbers, join.k), true, join.what.alike)

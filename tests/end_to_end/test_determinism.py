@@ -54,6 +54,7 @@ def test_the_number_of_maths_threads_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_one_worker_four_workers_and_no_ray_give_the_same_hash(
     project: Callable[..., Project],
 ) -> None:

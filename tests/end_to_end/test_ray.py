@@ -26,7 +26,7 @@ from curation.runtime.executor import Item, Work, map_parts
 from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import FileStore, StoreError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one Ray at a time
 ROOT = Path(__file__).resolve().parents[2]
 register_pickle_by_value(sys.modules[__name__])  # workers can't import a test
 

@@ -1,7 +1,8 @@
 """Runs of `curate` in child processes that end themselves with SIGKILL at a chosen write.
 
 Every publish has two points where a run can die, before and after the rename, every delete one, and
-every block of edges that joins the union-find one.
+every block of edges that joins the union-find one. A run can also go on and copy its folder at many
+points: such a copy is what SIGKILL there would have left.
 The children are forked from a server that has the imports done: a run costs its work alone.
 """
 
@@ -9,27 +10,38 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench import Project
 
-PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "numba", "torchvision"]
+PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "torchvision", "pandas"]
+PRELOAD += ["warm"]
 
 
-def run_and_die(
-    arguments: list[str], kill_at: int, log: Path, limits: tuple[int, int], counted: Path
-) -> None:
-    """In the child: `curate` with small cells, dead at the `kill_at`-th point (never: 0).
+@dataclass(frozen=True)
+class Plan:
+    """What a child does at which point.
 
-    `limits`: the rows of chunks, buckets and slices, and the bytes up to which k-means runs in
-    the driver.
+    `rows`: of chunks, buckets and slices; `here_bytes`: up to which k-means runs in the driver.
     """
-    with open(log, "w") as out:
+
+    rows: int
+    here_bytes: int
+    folder: Path
+    kill_at: int = 0
+    copy_at: Collection[int] = ()
+
+
+def run_and_die(arguments: list[str], plan: Plan) -> None:
+    """In the child: `curate` with small cells, dead at the `kill_at`-th point (never: 0)."""
+    with open(plan.folder / "log.txt", "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     from curation.algorithms import knn
@@ -38,8 +50,8 @@ def run_and_die(
     from curation.runtime.store import FileStore
     from curation.stages import centroids, cluster_sample, neighbours
 
-    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = cluster_sample.SLICE_ROWS = limits[0]
-    centroids.HERE_BYTES = limits[1]
+    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = cluster_sample.SLICE_ROWS = plan.rows
+    centroids.HERE_BYTES = plan.here_bytes
     knn.ROWS_PER_CELL, knn.FEW_CELLS = 3, 2
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time
@@ -49,8 +61,11 @@ def run_and_die(
     def point(kind: str, path: str) -> None:
         if threading.get_ident() == main_thread:  # a heartbeat would make the numbers wander
             points.append(f"{kind} {path.rpartition('/')[0]}")
-            if len(points) == kill_at:
+            if len(points) == plan.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if len(points) in plan.copy_at:
+                copies = plan.folder / "copies"
+                shutil.copytree(plan.folder / "run", copies / str(len(points)))
 
     publish, delete, add = FileStore.publish, FileStore.delete, Components.add
 
@@ -72,7 +87,7 @@ def run_and_die(
     FileStore.publish, FileStore.delete = deadly_publish, deadly_delete  # type: ignore[method-assign]
     Components.add = deadly_add  # type: ignore[method-assign]
     code = main(arguments)
-    counted.write_text("\n".join(points))
+    (plan.folder / "points").write_text("\n".join(points))
     sys.stdout.flush()
     os._exit(code)
 
@@ -86,15 +101,12 @@ class Mortal:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
         self.log = work.folder / "log.txt"
-        self._counted = work.folder / "points"
 
-    def run(self, kill_at: int = 0, *options: str) -> int:
+    def run(self, kill_at: int = 0, copy_at: Collection[int] = ()) -> int:
         """The exit status of `curate run`: -9 when it was killed."""
-        arguments = ["run", str(self.work.path), "--ray", "off", *options]
-        child = self._context.Process(
-            target=run_and_die,
-            args=(arguments, kill_at, self.log, (self.rows, self.here_bytes), self._counted),
-        )
+        arguments = ["run", str(self.work.path), "--ray", "off"]
+        plan = Plan(self.rows, self.here_bytes, self.work.folder, kill_at, copy_at)
+        child = self._context.Process(target=run_and_die, args=(arguments, plan))
         child.start()
         child.join(300)
         assert child.exitcode is not None
@@ -102,4 +114,14 @@ class Mortal:
 
     def points(self) -> list[str]:
         """Where the last whole run could have died: what was done, in which folder."""
-        return self._counted.read_text().splitlines()
+        return (self.work.folder / "points").read_text().splitlines()
+
+    def die_at(self, points: Collection[int]) -> Iterator[int]:
+        """Makes the run folder what a fresh run leaves that dies at a point, for one by one."""
+        run = self.work.run_folder
+        shutil.rmtree(run)
+        assert self.run(copy_at=points) == 0
+        for point in sorted(points):
+            shutil.rmtree(run)
+            (self.work.folder / "copies" / str(point)).rename(run)
+            yield point

@@ -73,11 +73,16 @@ def finished_parts(run: Path) -> dict[str, int]:
     }
 
 
-def check_resumed(mortal: Mortal, kill_at: int, whole: dict[str, Any]) -> str:
-    """Kills a fresh run at one point, runs it again and compares; returns where it was killed."""
-    run = mortal.work.run_folder
-    shutil.rmtree(run)
+def check_killed(mortal: Mortal, kill_at: int, whole: dict[str, Any]) -> str:
+    """Kills a fresh run at one point and checks the next; returns the stage that was killed."""
+    shutil.rmtree(mortal.work.run_folder)
     assert mortal.run(kill_at) == -9
+    return check_resumed(mortal, kill_at, whole)
+
+
+def check_resumed(mortal: Mortal, kill_at: int, whole: dict[str, Any]) -> str:
+    """Runs again and compares; returns the stage that had been killed."""
+    run = mortal.work.run_folder
     at = next((stage for stage in STAGES if not (run / stage / "done.json").exists()), "end")
     had = finished_parts(run)
     assert mortal.run() == 0, (kill_at, at, mortal.log.read_text())
@@ -99,7 +104,7 @@ def test_killed_at_points_over_all_stages(mortal: Mortal) -> None:
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
     for kill_at in spread(mortal.points(), 3):
-        check_resumed(mortal, kill_at, whole)
+        check_killed(mortal, kill_at, whole)
 
 
 def test_killed_in_the_union_find(mortal: Mortal) -> None:
@@ -109,7 +114,7 @@ def test_killed_in_the_union_find(mortal: Mortal) -> None:
     joins = [at for at, kind in enumerate(mortal.points(), 1) if kind == "joined dedup"]
     assert len(joins) > 3
     for kill_at in (joins[0], joins[-1]):
-        assert check_resumed(mortal, kill_at, whole) == "dedup"
+        assert check_killed(mortal, kill_at, whole) == "dedup"
 
 
 @pytest.mark.slow
@@ -133,22 +138,24 @@ def test_killed_between_and_within_iterations_of_kmeans(mortal: Mortal, here_byt
     kinds += ["published cluster/fit/001/near", "written cluster/fit/001/sample"]
     kinds += ["published cluster/fit/001", "deleted cluster/fit/001/near"]
     kinds += ["published cluster/fit/002/sample", "deleted cluster/fit/001/sample"]
-    for kind in kinds:
-        at = [number for number, point in points if point == kind]
-        assert check_resumed(mortal, at[len(at) // 2], whole) == "cluster", kind
+    numbers = {kind: [number for number, point in points if point == kind] for kind in kinds}
+    for kill_at in mortal.die_at({at[len(at) // 2] for at in numbers.values()}):
+        assert check_resumed(mortal, kill_at, whole) == "cluster", kill_at
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_killed_at_every_kind_of_write(mortal: Mortal) -> None:
-    """The first and the last point of every kind: before and after a rename, after a delete."""
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_killed_at_every_kind_of_write(mortal: Mortal, which: str) -> None:
+    """The first or the last point of every kind: before and after a rename, after a delete."""
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
-    points = mortal.points()
-    first = {kind: number for number, kind in reversed(list(enumerate(points, 1)))}
-    last = {kind: number for number, kind in enumerate(points, 1)}
-    kill_at = sorted({*first.values(), *last.values()})
-    assert set(STAGES) <= {check_resumed(mortal, number, whole) for number in kill_at}
+    points = list(enumerate(mortal.points(), 1))
+    first = {kind: number for number, kind in reversed(points)}
+    last = {kind: number for number, kind in points}
+    wanted = first.values() if which == "first" else last.values() - set(first.values())
+    stages = {check_resumed(mortal, kill_at, whole) for kill_at in mortal.die_at(wanted)}
+    assert which == "last" or set(STAGES) <= stages
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from curation.algorithms import cells as cell_module
-from curation.algorithms import knn, products, search
+from curation.algorithms import crowds, knn, products, search
 from curation.algorithms.best import NONE, Neighbours
+from curation.algorithms.components import Components
 from curation.algorithms.knn import Queries, RecallError, Search, exact, join, recall
 from curation.algorithms.products import Floats, Ints
 
@@ -211,6 +212,27 @@ def test_near_equal_vectors_are_still_told_apart() -> None:
     assert (found.number != NONE).all()
 
 
+def test_a_crowd_is_joined_through_few_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies apart has its true neighbours, and the crowd is one component."""
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
+    monkeypatch.setattr(cell_module, "FLAT", 30)
+    monkeypatch.setattr(crowds, "CROWD", 10)
+    apart, crowd = around(40, 3000, 16, 0.1, 0), around(1, 3000, 16, 0.01, 9)
+    base = np.concatenate([apart, crowd])[np.random.default_rng(0).permutation(6000)]
+    is_crowd = (base @ crowd[0]) > 0.99
+    what = Search(8, 0.7, itself=True, target_recall=0.95)
+    found = join(base, base, what)
+    truth = exact(Queries(base, np.arange(6000)), [Queries(base, np.arange(6000))], what)
+    lone = ~is_crowd
+    ours, true = (Neighbours(n.score[lone], n.number[lone]) for n in (found.neighbours, truth))
+    assert recall(ours, true) > 0.94
+    row, column = np.nonzero((found.neighbours.number != NONE) & is_crowd[:, None])
+    edges = Components(6000)
+    edges.add(row, found.neighbours.number[row, column])
+    assert len(np.unique(edges.labels()[is_crowd])) == 1
+    assert len(np.unique(found.neighbours.number[row, column])) < is_crowd.sum() / 2
+
+
 def test_one_giant_cluster_among_others() -> None:
     base = np.concatenate([around(1, 4500, 16, 0.02, 0), unit(500, 16, 9)])
     found = join(base[::50], base, Search(5, target_recall=0.9))
@@ -289,3 +311,5 @@ def test_recall_counts_misses_and_takes_ties() -> None:
     assert recall(tied, truth) == 1.0
     assert recall(nothing, truth) == 0.0
     assert recall(half, nothing) == 1.0
+    assert recall(half, truth, alike=0.7) == 1.0  # in a crowd one stands for all
+    assert recall(half, truth, alike=0.85) == 0.5

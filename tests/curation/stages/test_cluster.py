@@ -197,6 +197,7 @@ def run_back(run: Any, make_worker: MakeWorker, items: Sequence[Any]) -> Iterato
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_one_two_and_four_ray_workers_fit_the_same(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curation.algorithms import knn
+from curation.algorithms import crowds, knn
+from curation.algorithms.components import Components
 from curation.algorithms.products import Floats, Ints
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
@@ -196,3 +197,21 @@ def test_a_recall_that_cannot_be_reached_is_an_error(
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     with pytest.raises(StoreError, match=r"recall 0\.999.*search\.target_recall"):
         find(rows.astype(np.float16).astype(np.float32), target_recall=0.999)
+
+
+def test_a_crowd_is_joined_through_few_of_its_rows(
+    find: Callable[..., tuple[Any, Found]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crowds, "CROWD", 10)
+    rows = clustered(3000)
+    rng = np.random.default_rng(5)
+    crowd = np.sort(rng.choice(3000, 1200, replace=False))
+    rows[crowd] = rows[crowd[0]] + 0.005 * rng.standard_normal((1200, 32))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    facts, found = find(rows.astype(np.float32), min_cosine=0.7)
+    edges = Components(3000)
+    pairs = np.array([(query, image) for query in found for image, _ in found[query]])
+    edges.add(pairs[:, 0], pairs[:, 1])
+    assert len(np.unique(edges.labels()[crowd])) == 1
+    assert len(np.intersect1d(pairs[:, 1], crowd)) < 600
+    assert facts["recall"] >= 0.95
