@@ -153,7 +153,7 @@ def test_killed_at_every_kind_of_write(mortal: Mortal, which: str) -> None:
     points = list(enumerate(mortal.points(), 1))
     first = {kind: number for number, kind in reversed(points)}
     last = {kind: number for number, kind in points}
-    wanted = first.values() if which == "first" else last.values() - set(first.values())
+    wanted = first.values() if which == "first" else set(last.values()) - set(first.values())
     stages = {check_resumed(mortal, kill_at, whole) for kill_at in mortal.die_at(wanted)}
     assert which == "last" or set(STAGES) <= stages
 
