@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints
+from curation.algorithms.products import Floats, Ints, each_tile
 
 NONE = -1  # the number of a neighbour that isn't there
+TILE_ROWS = 4096
 
 
 @dataclass
@@ -31,8 +32,8 @@ class Best:
 
     def sorted(self) -> Neighbours:
         """Best first. The heaps are used up."""
-        _sort(self.score, self.number)
-        self.score[self.number == NONE] = -np.inf
+        heaps = self.score, self.number
+        each_tile(len(self.score), TILE_ROWS, lambda start, stop: _sort(start, stop, *heaps))
         return Neighbours(self.score, self.number)
 
 
@@ -45,7 +46,13 @@ def offer(score: Floats, number: Ints, new_score: np.float32, new_number: int, a
         for slot in range(number.size):
             if number[slot] == new_number:
                 return
-    place, size = 0, score.size
+    _sift(score, number, score.size, new_score, new_number)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sift(score: Floats, number: Ints, size: int, new_score: np.float32, new_number: int) -> None:
+    """Puts a pair in the place of the worst of the first `size`."""
+    place = 0
     while True:
         child = 2 * place + 1
         if child >= size:
@@ -67,9 +74,14 @@ def _better(score: np.float32, number: int, other_score: np.float32, other_numbe
 
 
 @numba.njit(nogil=True, cache=True)
-def _sort(scores: Floats, numbers: Ints) -> None:
-    for i in range(scores.shape[0]):
+def _sort(start: int, stop: int, scores: Floats, numbers: Ints) -> None:
+    """Of rows start .. stop: what stands first, the worst, goes last."""
+    for i in range(start, stop):
         score, number = scores[i], numbers[i]
-        by_number = np.argsort(number)
-        order = by_number[np.argsort(-score[by_number], kind="mergesort")]
-        scores[i], numbers[i] = score[order], number[order]
+        for last in range(score.size - 1, 0, -1):
+            worst, its_number = score[0], number[0]
+            _sift(score, number, last, score[last], number[last])
+            score[last], number[last] = worst, its_number
+        for slot in range(score.size):
+            if number[slot] == NONE:
+                score[slot] = -np.inf

@@ -1,8 +1,8 @@
 """Cells: coarse centroids that say where a row's neighbours lie, found in fewer dimensions.
 
-The centroids come from a k-means tree of a sample. A row is compared with all of them in the
-leading principal axes of the centroids, and with the best of those in all dimensions: centroids are
-means, and their spread lies in few directions.
+The centroids come from flat k-means of a sample. A row is compared with all of them in the leading
+principal axes of the centroids, and with the best of those in all dimensions: centroids are means,
+and their spread lies in few directions.
 """
 
 from dataclasses import dataclass, replace
@@ -11,24 +11,26 @@ import numba
 import numpy as np
 
 from curation.algorithms.assign import Assigner
-from curation.algorithms.best import Neighbours
+from curation.algorithms.best import NONE, Neighbours
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import (
     Floats,
+    Ids,
     Ints,
     Products,
-    each,
     each_tile,
     fast_dot,
+    square_norms,
 )
 
-SPLITS = 2
-FLAT = 256  # up to so many cells k-means has one level
-ITERATIONS = 6
-SAMPLE_PER_CELL = 32
-AXES = 32  # to begin with
-SPARE = 16  # cells compared in all dimensions beyond those asked for
-AGREEMENT = 0.995  # of rows whose nearest cell must be found
+ROUNDS = ((32, 4), (64, 2))  # rows a cell on which centroids are moved, and iterations
+SAMPLE_PER_CELL = 64
+AXES = 192  # to begin with: fewer make hubs of cells that are near to all
+FAR_ROWS = 0.15  # of all: those farthest from their nearest cell
+FAR_CELLS = 4  # times as many are asked in by them
+SPARE = 8  # cells compared in all dimensions beyond those asked for
+AGREEMENT = 0.99  # of rows whose nearest cell must be found
+AGREEMENT_ROWS = 2048  # on which that is measured
 TILE_ROWS = 1024
 
 
@@ -36,25 +38,35 @@ TILE_ROWS = 1024
 class Cells:
     """Unit centroids (c, D), and their principal axes (D, h), unit and orthogonal.
 
-    With all axes the nearest cells are exact.
+    With all axes the nearest cells are exact. Rows that score less than `far` with their nearest
+    cell are noise to the centroids, as pictures after heavy edits are: their neighbours may be
+    anywhere.
     """
 
     centroids: Floats
     axes: Floats
+    far: float = -1.0
 
     @classmethod
     def fit(cls, sample: Floats, count: int, rng: np.random.Generator) -> "Cells":
-        """About `count` cells of unit rows (n, D), at most n; zeros have no say."""
-        told = sample[sample.any(axis=1)]
-        sample = told if len(told) else np.eye(1, sample.shape[1], dtype=np.float32)
+        """min(count, n) cells of unit rows (n, D); zeros have no say."""
+        told = np.flatnonzero(square_norms(sample))
+        one = np.eye(1, sample.shape[1], dtype=np.float32)
+        sample = sample[rng.permutation(told)] if len(told) else one
         count = max(1, min(count, len(sample)))
-        cells = cls(_tree(sample, count, rng), np.empty((sample.shape[1], 0), np.float32))
-        few = sample[rng.choice(len(sample), min(2048, len(sample)), replace=False)]
+        cells = cls.along(_centroids(sample, count), AXES)
+        few = sample[-AGREEMENT_ROWS:]  # the first ones were centroids
         truth = Assigner()(few, cells.centroids)
-        while (cells := cells.wider()).axes.shape[1] < sample.shape[1]:
-            if (cells.assign(few) == truth).mean() >= AGREEMENT:
-                break
-        return cells
+        while not cells.is_exact and (cells.assign(few) == truth).mean() < AGREEMENT:
+            cells = cells.wider()
+        return replace(cells, far=float(np.quantile(cells.nearest(few, 1).score, FAR_ROWS)))
+
+    @classmethod
+    def along(cls, centroids: Floats, axes: int) -> "Cells":
+        """Centroids (c, D) that are told apart along so many axes."""
+        _, vectors = np.linalg.eigh(centroids.T.astype(np.float64) @ centroids)
+        leading = vectors[:, ::-1][:, :axes]
+        return cls(centroids, np.ascontiguousarray(leading, dtype=np.float32))
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -65,16 +77,11 @@ class Cells:
 
     def wider(self) -> "Cells":
         """Looks along twice as many axes."""
-        return self._along(max(AXES, 2 * self.axes.shape[1]))
+        return replace(self.along(self.centroids, 2 * self.axes.shape[1]), far=self.far)
 
     def exact(self) -> "Cells":
         """Looks along all axes."""
-        return self._along(self.centroids.shape[1])
-
-    def _along(self, axes: int) -> "Cells":
-        _, vectors = np.linalg.eigh(self.centroids.T.astype(np.float64) @ self.centroids)
-        leading = vectors[:, ::-1][:, :axes]
-        return replace(self, axes=np.ascontiguousarray(leading, dtype=np.float32))
+        return replace(self.along(self.centroids, self.centroids.shape[1]), far=self.far)
 
     def nearest(self, rows: Floats, count: int) -> Neighbours:
         """The `count` nearest cells of rows (n, D), nearest first."""
@@ -85,13 +92,20 @@ class Cells:
 
         def tile(start: int, stop: int) -> None:
             head = turn.scores(rows[start:stop]).copy()
-            found.number[start:stop] = heads.top(head, shape[1])[1]
-            _rank(
-                rows[start:stop], self.centroids, found.score[start:stop], found.number[start:stop]
-            )
+            best = heads.top(head, shape[1])[1]
+            ranked = found.score[start:stop], found.number[start:stop]
+            _rank(rows[start:stop], self.centroids, best, *ranked)
 
         each_tile(len(rows), TILE_ROWS, tile)
         return Neighbours(found.score[:, :count], found.number[:, :count])
+
+    def way(self, rows: Floats, nprobe: int) -> Ids:
+        """The cells that rows (n, D) ask in, nearest first: `nprobe`, and FAR_CELLS times as many
+        for those that lie far from all; then NONE."""
+        found = self.nearest(rows, FAR_CELLS * nprobe)
+        way = found.number.astype(np.int32)
+        way[found.score[:, 0] >= self.far, nprobe:] = NONE
+        return way
 
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""
@@ -99,63 +113,37 @@ class Cells:
 
 
 @numba.njit(nogil=True, cache=True)
-def _rank(rows: Floats, centroids: Floats, score: Floats, number: Ints) -> None:
-    """Orders the chosen cells of each row by their true scores, equal ones by number."""
+def _rank(rows: Floats, centroids: Floats, chosen: Ids, score: Floats, number: Ints) -> None:
+    """Orders the chosen cells (n, m) of each row by their true scores, equal ones by number."""
     for i in range(rows.shape[0]):
-        number[i] = np.sort(number[i])
-        for slot in range(number.shape[1]):
-            score[i, slot] = fast_dot(rows[i], centroids[number[i, slot]])
-        order = np.argsort(-score[i], kind="mergesort")
-        score[i], number[i] = score[i][order], number[i][order]
+        for slot in range(chosen.shape[1]):
+            cell = chosen[i, slot]
+            true, place = fast_dot(rows[i], centroids[cell]), slot
+            while place > 0 and (
+                score[i, place - 1] < true
+                or (score[i, place - 1] == true and number[i, place - 1] > cell)
+            ):
+                score[i, place], number[i, place] = score[i, place - 1], number[i, place - 1]
+                place -= 1
+            score[i, place], number[i, place] = true, cell
 
 
-def _tree(sample: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """About `count` centroids: k-means, and within each of its groups k-means again."""
-    if count <= FLAT:
-        return _even(sample, count, rng)
-    groups = centroids_of(sample, round(np.sqrt(count)), rng)
-    group = Assigner()(sample, groups)
-    within = [np.flatnonzero(group == number) for number in range(len(groups))]
-    seeds = rng.integers(0, 2**63, len(groups))
-    parts = [groups[:0]] * len(groups)
+def _centroids(sample: Floats, count: int) -> Floats:
+    """k-means of unit rows (n, D) in random order, first on some of them.
 
-    def part(number: int) -> None:
-        mine = within[number]
-        share = max(1, round(count * len(mine) / len(sample)))
-        if len(mine):
-            parts[number] = _even(sample[mine], share, np.random.default_rng(seeds[number]))
-
-    each(len(groups), part)
-    return np.concatenate(parts)
-
-
-def _even(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """About `count` centroids of rows (n, D), those cut again that hold far more than their share.
-
-    Most queries ask in large cells: even ones are read less.
+    Cells that few iterations leave uneven are read more: most queries ask in large ones.
     """
-    centroids = centroids_of(rows, count, rng)
-    for _ in range(SPLITS):
-        cell = Assigner()(rows, centroids)
-        share = np.bincount(cell, minlength=len(centroids)) * (count / len(rows))
-        pieces = share.astype(int)
-        order = rng.permutation(len(rows))
-        order = order[np.argsort(cell[order], kind="stable")]
-        starts = np.searchsorted(cell[order], np.arange(len(centroids)))
-        cut = np.flatnonzero(pieces > 1)
-        if not len(cut):
-            break
-        members = np.concatenate([order[starts[c] : starts[c] + pieces[c]] for c in cut])
-        centroids = _moved(rows, np.concatenate([centroids[pieces <= 1], rows[members]]), 3)
-    return centroids
-
-
-def centroids_of(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """Spherical k-means of rows (n, D), a few iterations from random rows."""
-    chosen = rng.choice(len(rows), min(count, len(rows)), replace=False)
-    return _moved(rows, rows[np.sort(chosen)], ITERATIONS)
+    now = sample[:count]
+    for per_cell, iterations in ROUNDS:
+        rows = sample[: per_cell * count]
+        now = _moved(rows, now, iterations)
+    return now
 
 
 def _moved(rows: Floats, start: Floats, iterations: int) -> Floats:
-    sweep = BlockSweep(lambda: [rows], Metric(), Assigner)
+    sweep = BlockSweep(lambda: [rows], Metric(), lambda _: _nearest_of_moving)
     return lloyd(Clustering(start, ()), sweep, iterations, Metric()).centroids
+
+
+def _nearest_of_moving(rows: Floats, centroids: Floats) -> Ints:
+    return Cells.along(centroids, AXES).assign(rows)

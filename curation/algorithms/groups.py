@@ -8,12 +8,12 @@ import numpy as np
 
 from curation.algorithms.assign import Assigner, assign
 from curation.algorithms.best import NONE, Best, Neighbours
-from curation.algorithms.cells import centroids_of
-from curation.algorithms.lloyd import Assign
+from curation.algorithms.lloyd import Assign, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import Floats, Ints, each_tile, exact_dot
 from curation.algorithms.search import Base, Queries, Visits, search
 
 SAMPLE_PER_GROUP = 32
+ITERATIONS = 6
 AGREEMENT = 0.995  # of rows whose nearest centroid must be found
 AGREEMENT_ROWS = 2048  # on which that is measured
 TILE_ROWS = 8192
@@ -42,7 +42,7 @@ class Groups:
         count, rng = max(1, round(np.sqrt(len(centroids)))), np.random.default_rng(SAMPLE_SEED)
         drawn = min(len(centroids), SAMPLE_PER_GROUP * count)
         chosen = np.sort(rng.choice(len(centroids), drawn, replace=False))
-        groups = centroids_of(centroids[chosen], count, rng)
+        groups = _centroids(centroids[chosen], count, rng)
         group = Assigner()(centroids, groups)
         used, group = np.unique(group, return_inverse=True)
         base = Base.of(centroids, np.arange(len(centroids)), group, len(used))
@@ -123,6 +123,13 @@ def assigners(spherical: bool, k: int, probe: Callable[[], Floats]) -> Callable[
         return Assigner
     shared = GroupedAssigner(probe())
     return lambda _: shared
+
+
+def _centroids(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Spherical k-means of rows (n, D), a few iterations from random rows."""
+    chosen = np.sort(rng.choice(len(rows), min(count, len(rows)), replace=False))
+    sweep = BlockSweep(lambda: [rows], Metric(), Assigner)
+    return lloyd(Clustering(rows[chosen], ()), sweep, ITERATIONS, Metric()).centroids
 
 
 @numba.njit(nogil=True, cache=True)

@@ -17,7 +17,7 @@ import torch
 from curation.algorithms.assign import assign
 from curation.algorithms.best import Best, Neighbours, offer
 from curation.algorithms.kmeans import fit
-from curation.algorithms.knn import MARGIN, RecallError, Search, exact, recall
+from curation.algorithms.knn import RecallError, Search, exact, recall
 from curation.algorithms.products import Floats, Ints, check_finite, each_tile, fast_dot
 from curation.algorithms.search import Queries
 
@@ -25,6 +25,7 @@ BITS = 4
 WIDTH = 4  # components a code
 TRAINING_ROWS = 39  # for each centroid of a quantizer at least, says faiss
 ITERATIONS = 10
+MARGIN = 0.1  # of what is left above the target recall: a sample errs
 FACTORS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # candidates for each neighbour
 SAMPLE_QUERIES = 256
 TILE_QUERIES = 256

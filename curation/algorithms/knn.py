@@ -6,7 +6,7 @@ neighbours are known. A self-join offers each pair to both of its rows, so it is
 them asks in the other's cell.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numba
@@ -16,21 +16,22 @@ import numpy.typing as npt
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
 from curation.algorithms.crowds import ALIKE, without_crowds
-from curation.algorithms.products import Floats, Ints, check_finite
+from curation.algorithms.products import Floats, Ids, Ints, check_finite
 from curation.algorithms.search import Base, Queries, Visits, search
 
 Bools = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
 Words = npt.NDArray[np.uint32]
 
-ROWS_PER_CELL = 256
+ROWS_PER_CELL = 256  # at least
+CELLS = 3  # by the square root of the base, at most: a row is compared with all of them
 FEW_CELLS = 16  # bases of so few cells are searched whole
-LEAST = 4  # cells in which a query asks
-SAMPLE_QUERIES = 512
+LEAST = 2  # cells in which a query asks
+SAMPLE_QUERIES = 1024
 LONGEST_WAY = 2048  # cells that are ranked for a sampled query
-CHUNK_ROWS = 65_536
+CHUNK_ROWS = 262_144
+EXACT_ROWS = 8192  # of a base, compared by one thread
 STEP = 8  # nprobe grows by this fraction until the target is met
-MARGIN = 0.1  # of what is left above the target recall: a sample errs
 
 
 class RecallError(ValueError):
@@ -81,29 +82,34 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     """
     queries, base = (np.ascontiguousarray(rows, np.float32) for rows in (queries, base))
     check_finite(base)
-    check_finite(queries)
+    squares = check_finite(queries)
     if not len(base) or not len(queries):
         return Joined(Best(len(queries), what.k).sorted(), 0, 0, 1.0)
     rng = np.random.default_rng(what.seed)
     kept = first_of_equal(base) if what.itself else np.arange(len(base))
-    distinct = np.unique(kept)
-    rows = base[distinct]
-    cells = fit_cells(rows, cell_count(len(rows)), rng)
-    cell = cells.assign(rows)
+    distinct = np.flatnonzero(kept == np.arange(len(base)))
+    rows = base if len(distinct) == len(base) else base[distinct]
+    plan = fit_cells(rows, cell_count(len(rows)), rng)
     asking = distinct if what.itself else np.arange(len(queries))
-    telling = asking[queries[asking].any(axis=1)]  # all neighbours of a zero are alike
+    telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
     sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
     sample = Queries(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     truth = exact(sample, [Queries(rows, distinct)], what)
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
-    pairs = Pairs.of(must, lambda number: np.searchsorted(distinct, number), rows, cell)
-    cells, nprobe = choose_nprobe(cells, sample.rows, pairs, what)
-    best = Best(len(queries), what.k, what.min_score)
+    pairs = Pairs.of(must, base, plan)
+    cells, nprobe = choose_nprobe(plan, sample.rows, pairs, what)
+    way = _way(cells, rows if what.itself else queries, nprobe)
     if what.itself:
-        _join_itself(Queries(rows, distinct), cells, cell, nprobe, what, best)
+        cell = way[:, 0].astype(np.int64) if cells is plan else plan.assign(rows)
+        found = Neighbours(
+            np.full((len(base), what.k), -np.inf, np.float32), np.full((len(base), what.k), NONE)
+        )
+        _join_itself(Queries(rows, distinct), cell, len(cells), way, what, found)
     else:
-        _join_chunks(queries, Base.of(rows, distinct, cell, len(cells)), cells, nprobe, best)
-    found = best.sorted()
+        whole = Base.of(rows, distinct, plan.assign(rows), len(cells))
+        best = Best(len(queries), what.k, what.min_score)
+        _ask(Queries(queries, np.empty(0, np.int64)), way, whole, best)
+        found = best.sorted()
     measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
@@ -119,31 +125,34 @@ def standing(rows: Floats, cell: Ints, cells: int, what: Search) -> Bools:
     return without_crowds(rows, cell, cells, what.alike)
 
 
+def _way(cells: Cells, rows: Floats, nprobe: int) -> Ids:
+    """`Cells.way` (n, p) of rows (n, D), a chunk at a time."""
+    chunks = range(0, len(rows), CHUNK_ROWS)
+    return np.concatenate([cells.way(rows[at : at + CHUNK_ROWS], nprobe) for at in chunks])
+
+
 def _join_itself(
-    rows: Queries, cells: Cells, cell: Ints, nprobe: int, what: Search, best: Best
+    rows: Queries, cell: Ints, cells: int, way: Ids, what: Search, found: Neighbours
 ) -> None:
-    """Best (n) by number. All rows (m, D) ask, a chunk at a time; of a crowd one row answers."""
-    stays = standing(rows.rows, cell, len(cells), what)
+    """By number, of rows (m, D) in cells (m,). All ask along their way (m, p), of a crowd one
+    row answers."""
+    stays = standing(rows.rows, cell, cells, what)
     order = np.lexsort((cell, ~stays))  # the base first: there a position says both
     asking = Queries(rows.rows[order], rows.numbers[order])
     base = slice(int(stays.sum()))
-    starts = np.searchsorted(cell[order[base]], np.arange(len(cells) + 1))
+    starts = np.searchsorted(cell[order[base]], np.arange(cells + 1))
+    best = Best(len(order), what.k, what.min_score)
     answering = Base(asking.rows[base], asking.numbers[base], starts)
-    found = Best(len(order), what.k, what.min_score)
-    for start in range(0, len(order), CHUNK_ROWS):
-        way = cells.nearest(asking.rows[start : start + CHUNK_ROWS], nprobe).number
-        visits = Visits.of(way, len(cells))
-        search(asking, Visits(visits.queries + start, visits.starts), answering, found, found)
-    best.score[asking.numbers], best.number[asking.numbers] = found.score, found.number
+    _ask(asking, way[order], answering, best, best)
+    nearest = best.sorted()
+    found.score[asking.numbers], found.number[asking.numbers] = nearest.score, nearest.number
 
 
-def _join_chunks(queries: Floats, base: Base, cells: Cells, nprobe: int, best: Best) -> None:
-    """Best (n) by position of the queries, a chunk of them at a time."""
-    for start in range(0, len(queries), CHUNK_ROWS):
-        rows = queries[start : start + CHUNK_ROWS]
-        asking = Visits.of(cells.nearest(rows, nprobe).number, len(cells))
-        visits = Visits(asking.queries + start, asking.starts)
-        search(Queries(queries, np.empty(0, np.int64)), visits, base, best)
+def _ask(asking: Queries, way: Ids, base: Base, best: Best, twins: Best | None = None) -> None:
+    """Searches the cells (n, p) that queries (n, D) ask in, a chunk of queries at a time."""
+    for start in range(0, len(way), CHUNK_ROWS):
+        visits = Visits.of(way[start : start + CHUNK_ROWS], len(base.starts) - 1)
+        search(asking, Visits(visits.queries + start, visits.starts), base, best, twins)
 
 
 def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -> None:
@@ -180,8 +189,8 @@ def _hashes(words: Words) -> Hashes:
 
 
 def cell_count(base_rows: int) -> int:
-    """How many cells: they stay small however large the base is."""
-    return max(1, base_rows // ROWS_PER_CELL)
+    """How many cells: rows are compared with them, and then with the rows of some."""
+    return max(1, min(base_rows // ROWS_PER_CELL, int(CELLS * base_rows**0.5)))
 
 
 def fit_rows(base_rows: int) -> int:
@@ -191,7 +200,7 @@ def fit_rows(base_rows: int) -> int:
 
 def fit_cells(base: Floats, count: int, rng: np.random.Generator) -> Cells:
     """Cells of a sample of base rows (m, D)."""
-    wanted = min(len(base), fit_rows(count * ROWS_PER_CELL))
+    wanted = min(len(base), SAMPLE_PER_CELL * max(FEW_CELLS, count))
     chosen = np.sort(rng.choice(len(base), wanted, replace=False))
     return Cells.fit(base[chosen], count, rng)
 
@@ -199,9 +208,11 @@ def fit_cells(base: Floats, count: int, rng: np.random.Generator) -> Cells:
 def exact(queries: Queries, base: Iterable[Queries], what: Search) -> Neighbours:
     """The true neighbours of a few queries (n), by comparing them with all blocks of the base."""
     best = Best(len(queries.rows), what.k, what.min_score)
-    visits = Visits.of(np.zeros((len(queries.rows), 1), np.int64), 1)
     for block in base:
-        whole = Base(block.rows, block.numbers, np.array([0, len(block.rows)]))
+        starts = np.r_[np.arange(0, len(block.rows), EXACT_ROWS), len(block.rows)]
+        whole = Base(block.rows, block.numbers, starts)
+        everywhere = np.tile(np.arange(len(starts) - 1), (len(queries.rows), 1))
+        visits = Visits.of(everywhere, len(starts) - 1)
         # A heap that no one reads takes the other direction, so that no row meets itself.
         twins = Best(len(block.rows), 1, np.inf) if what.itself else None
         search(queries, visits, whole, best, twins)
@@ -218,11 +229,11 @@ class Pairs:
     rows: Floats
 
     @classmethod
-    def of(cls, truth: Ints, position: Callable[[Ints], Ints], rows: Floats, cell: Ints) -> "Pairs":
-        """From numbers of neighbours (s, k), each at a position of `rows` (m, D), `cell` (m,)."""
+    def of(cls, truth: Ints, base: Floats, cells: Cells) -> "Pairs":
+        """From numbers of neighbours (s, k) in a base (m, D) that lies in cells."""
         query, column = np.nonzero(truth != NONE)
-        at = position(truth[query, column])
-        return cls(query, cell[at], rows[at])
+        rows = base[truth[query, column]]
+        return cls(query, cells.assign(rows), rows)
 
 
 def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> tuple[Cells, int]:
@@ -234,7 +245,6 @@ def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> t
         return cells.exact(), len(cells)
     if not len(pairs.query):
         return cells, LEAST
-    aim = what.target_recall + MARGIN * (1 - what.target_recall)
     back = cells.assign(sample)[pairs.query]  # where these cells, not wider ones, have put them
     while True:
         nprobe = LEAST
@@ -242,7 +252,7 @@ def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> t
             met = _met(cells, sample, pairs.query, pairs.cell, nprobe)
             if what.itself:
                 met |= _met(cells, pairs.rows, np.arange(len(back)), back, nprobe)
-            if met.mean() >= aim:
+            if _surely(met, pairs.query) >= what.target_recall:
                 return cells, nprobe
             nprobe += max(1, nprobe // STEP)
         if cells.is_exact:
@@ -252,10 +262,17 @@ def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> t
         cells = cells.wider()
 
 
+def _surely(met: Bools, query: Ints) -> float:
+    """The share of pairs (p,) that are met, less its standard error: neighbours of one query (p,)
+    are met or missed together, so that what counts is the number of queries."""
+    share = float(met.mean())
+    off = np.bincount(query, met - share)
+    return share - float(np.sqrt(np.square(off).sum())) / len(met)
+
+
 def _met(cells: Cells, rows: Floats, row: Ints, target: Ints, nprobe: int) -> Bools:
     """Whether rows[row] ask in cell `target` (p,)."""
-    way = cells.nearest(rows, nprobe).number
-    met: Bools = (way[row] == target[:, None]).any(axis=1)
+    met: Bools = (cells.way(rows, nprobe)[row] == target[:, None]).any(axis=1)
     return met
 
 

@@ -39,7 +39,7 @@ class Visits:
     starts: Ints
 
     @classmethod
-    def of(cls, cells: Ints, count: int) -> "Visits":
+    def of(cls, cells: Ids | Ints, count: int) -> "Visits":
         """From the cells (n, p) that each query asks in, of `count`; negative: none."""
         flat = cells.ravel()
         order = np.argsort(flat, kind="stable")

@@ -8,7 +8,7 @@ import numpy as np
 
 from curation.algorithms import knn
 from curation.algorithms.cells import Cells
-from curation.algorithms.products import Ints
+from curation.algorithms.products import Ids, Ints
 from curation.runtime.store import Store
 from curation.stages.tables import Part, VectorView
 
@@ -79,7 +79,7 @@ class Plan:
     edges: Ints
     nprobe: int = 0
 
-    def bucket_of(self, cell: Ints) -> Ints:
+    def bucket_of(self, cell: Ids | Ints) -> Ints:
         buckets: Ints = np.searchsorted(self.edges, cell, side="right") - 1
         return buckets
 
@@ -89,12 +89,14 @@ class Plan:
 
     def save(self, store: Store, path: str) -> None:
         cells = {"centroids": self.cells.centroids, "axes": self.cells.axes}
-        save_arrays(store, path, **cells, edges=self.edges, nprobe=np.array(self.nprobe))
+        numbers = {"far": np.array(self.cells.far), "nprobe": np.array(self.nprobe)}
+        save_arrays(store, path, **cells, **numbers, edges=self.edges)
 
     @classmethod
     def load(cls, store: Store, path: str) -> "Plan":
         have = load_arrays(store, path)
-        return cls(Cells(have["centroids"], have["axes"]), have["edges"], int(have["nprobe"]))
+        cells = Cells(have["centroids"], have["axes"], float(have["far"]))
+        return cls(cells, have["edges"], int(have["nprobe"]))
 
 
 def save_arrays(store: Store, path: str, **arrays: Any) -> None:

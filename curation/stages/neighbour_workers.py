@@ -141,7 +141,7 @@ class RouteWorker:
         queries, equal = load_distinct(join, store, self._layout.queries[chunk])
         here = np.full(len(equal), chunk)
         send(store, join.path("pairs", 0, chunk), equal, here, len(self._layout.queries))
-        way = plan.cells.nearest(queries.rows, plan.nprobe).number
+        way = plan.cells.way(queries.rows, plan.nprobe)
         row, step = np.nonzero(way != NONE)
         cell = way[row, step]
         bucket = plan.bucket_of(cell)

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import knn
+from curation.algorithms.best import NONE
 from curation.algorithms.cells import Cells
 from curation.algorithms.products import Floats, Ints
 from curation.runtime.events import Events
@@ -55,7 +56,7 @@ BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
 SLAB_ROWS = 1_000_000  # base rows of one IVF-PQ index: 2 GB at 512 dimensions
 FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 4 GB at 512 dimensions
 MOST_CELLS = 1 << 18
-SAMPLE_QUERIES = 512
+SAMPLE_QUERIES = 1024
 TEMPORARY = ("base", "truth", "queries", "pairs", "setup")
 
 
@@ -261,9 +262,10 @@ def _truth(join: Join, store: Store) -> pa.Table:
 def _waves(join: Join, layout: Layout, plan: Plan, store: Store) -> list[list[int]]:
     """The chunks of queries that are sent at once, by how many copies the sample would need."""
     sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
-    bucket = np.sort(plan.bucket_of(plan.cells.nearest(sample, plan.nprobe).number), axis=1)
-    copies = 1 + float((bucket[:, 1:] != bucket[:, :-1]).sum(axis=1).mean())
-    row_bytes = 2 * sample.shape[1] + 8 + 4 * plan.nprobe / copies
+    row, step = np.nonzero((way := plan.cells.way(sample, plan.nprobe)) != NONE)
+    sent = np.unique(row * plan.buckets + plan.bucket_of(way[row, step]))
+    copies = len(sent) / len(sample)
+    row_bytes = 2 * sample.shape[1] + 8 + 4 * len(row) / len(sent)
     most = join.how.spill_bytes / (copies * row_bytes)
     waves: list[list[int]] = []
     filled = 0

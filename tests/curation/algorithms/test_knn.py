@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from curation.algorithms import cells as cell_module
 from curation.algorithms import crowds, knn, products, search
 from curation.algorithms.best import NONE, Neighbours
 from curation.algorithms.components import Components
@@ -126,7 +125,6 @@ def test_a_join_by_cells_reaches_its_target(
     itself: bool, min_score: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cell_module, "FLAT", 100)
     base = around(200, 6000, 24, 0.12, 1)
     left = base if itself else around(200, 700, 24, 0.12, 2)
     what = Search(8, min_score, itself, target_recall=0.95)
@@ -145,7 +143,6 @@ def test_threads_blocks_and_chunks_give_the_same_bytes(
     itself: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cell_module, "FLAT", 50)
     base = np.concatenate([around(30, 1500, 16, 0.2, 1), NEAR_EQUAL[:300].repeat(2, axis=1)])
     base[200:250] = base[100:150]
     left = base if itself else around(30, 400, 16, 0.2, 2)
@@ -215,7 +212,6 @@ def test_near_equal_vectors_are_still_told_apart() -> None:
 def test_a_crowd_is_joined_through_few_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies apart has its true neighbours, and the crowd is one component."""
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cell_module, "FLAT", 30)
     monkeypatch.setattr(crowds, "CROWD", 10)
     apart, crowd = around(40, 3000, 16, 0.1, 0), around(1, 3000, 16, 0.01, 9)
     base = np.concatenate([apart, crowd])[np.random.default_rng(0).permutation(6000)]
@@ -250,7 +246,6 @@ def test_zero_rows_have_neighbours_of_score_zero(
     zeros: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cell_module, "FLAT", 30)
     base = np.concatenate([np.zeros((zeros, 8), np.float32), around(40, 2000 - zeros, 8, 0.05, 0)])
     found = join(base, base, what_itself(4)).neighbours
     assert (found.score[1:zeros, 0] == 0).all()
@@ -291,7 +286,6 @@ def test_a_recall_that_cannot_be_reached_is_an_error(
 ) -> None:
     """Random rows of many dimensions have their neighbours in all cells."""
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 20)
-    monkeypatch.setattr(cell_module, "FLAT", 30)
     monkeypatch.setattr(knn, "LONGEST_WAY", 6)
     base = unit(2000, 64, 0)
     with pytest.raises(RecallError, match=r"recall 0.99 needs more than 6 of \d+ cells"):
