@@ -66,7 +66,9 @@ class Groups:
         found = Neighbours(
             np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int64)
         )
-        whole = Base(self.groups, np.arange(len(self.groups)), np.array([0, len(self.groups)]))
+        whole = Base.in_order(
+            self.groups, np.arange(len(self.groups)), np.array([0, len(self.groups)])
+        )
 
         def tile(start: int, stop: int) -> None:
             asked = Queries(rows[start:stop], np.arange(stop - start))

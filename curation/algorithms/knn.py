@@ -17,7 +17,7 @@ from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
 from curation.algorithms.crowds import ALIKE, without_crowds
 from curation.algorithms.products import Floats, Ids, Ints, check_finite
-from curation.algorithms.search import Base, Queries, Visits, search
+from curation.algorithms.search import Base, Queries, Twins, Visits, search
 
 Bools = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
@@ -98,18 +98,18 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
     pairs = Pairs.of(must, base, plan)
     cells, nprobe = choose_nprobe(plan, sample.rows, pairs, what)
-    way = _way(cells, rows if what.itself else queries, nprobe)
+    best = Best(len(queries), what.k, what.min_score)
     if what.itself:
+        way = _way(cells, rows, nprobe)
         cell = way[:, 0].astype(np.int64) if cells is plan else plan.assign(rows)
-        found = Neighbours(
-            np.full((len(base), what.k), -np.inf, np.float32), np.full((len(base), what.k), NONE)
-        )
-        _join_itself(Queries(rows, distinct), cell, len(cells), way, what, found)
+        cell[~standing(rows, cell, len(cells), what)] = NONE
+        whole = Base.of(rows, distinct, cell, len(cells))
+        _ask(Queries(queries, np.arange(len(queries))), distinct, way, whole, best)
     else:
+        way = _way(cells, queries, nprobe)
         whole = Base.of(rows, distinct, plan.assign(rows), len(cells))
-        best = Best(len(queries), what.k, what.min_score)
-        _ask(Queries(queries, np.empty(0, np.int64)), way, whole, best)
-        found = best.sorted()
+        _ask(Queries(queries, np.empty(0, np.int64)), asking, way, whole, best)
+    found = best.sorted()
     measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
@@ -131,28 +131,16 @@ def _way(cells: Cells, rows: Floats, nprobe: int) -> Ids:
     return np.concatenate([cells.way(rows[at : at + CHUNK_ROWS], nprobe) for at in chunks])
 
 
-def _join_itself(
-    rows: Queries, cell: Ints, cells: int, way: Ids, what: Search, found: Neighbours
-) -> None:
-    """By number, of rows (m, D) in cells (m,). All ask along their way (m, p), of a crowd one
-    row answers."""
-    stays = standing(rows.rows, cell, cells, what)
-    order = np.lexsort((cell, ~stays))  # the base first: there a position says both
-    asking = Queries(rows.rows[order], rows.numbers[order])
-    base = slice(int(stays.sum()))
-    starts = np.searchsorted(cell[order[base]], np.arange(cells + 1))
-    best = Best(len(order), what.k, what.min_score)
-    answering = Base(asking.rows[base], asking.numbers[base], starts)
-    _ask(asking, way[order], answering, best, best)
-    nearest = best.sorted()
-    found.score[asking.numbers], found.number[asking.numbers] = nearest.score, nearest.number
+def _ask(queries: Queries, asking: Ints, way: Ids, base: Base, best: Best) -> None:
+    """Queries at positions `asking` (a,) search the cells (a, p), a chunk of them at a time.
 
-
-def _ask(asking: Queries, way: Ids, base: Base, best: Best, twins: Best | None = None) -> None:
-    """Searches the cells (n, p) that queries (n, D) ask in, a chunk of queries at a time."""
+    If queries have numbers, they are of the base, and the best of each is at its number.
+    """
+    twins = Twins(best, base.numbers) if len(queries.numbers) else None
     for start in range(0, len(way), CHUNK_ROWS):
         visits = Visits.of(way[start : start + CHUNK_ROWS], len(base.starts) - 1)
-        search(asking, Visits(visits.queries + start, visits.starts), base, best, twins)
+        chosen = asking[start : start + CHUNK_ROWS][visits.queries]
+        search(queries, Visits(chosen, visits.starts), base, best, twins)
 
 
 def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -> None:
@@ -210,12 +198,12 @@ def exact(queries: Queries, base: Iterable[Queries], what: Search) -> Neighbours
     best = Best(len(queries.rows), what.k, what.min_score)
     for block in base:
         starts = np.r_[np.arange(0, len(block.rows), EXACT_ROWS), len(block.rows)]
-        whole = Base(block.rows, block.numbers, starts)
+        whole = Base.in_order(block.rows, block.numbers, starts)
         everywhere = np.tile(np.arange(len(starts) - 1), (len(queries.rows), 1))
         visits = Visits.of(everywhere, len(starts) - 1)
         # A heap that no one reads takes the other direction, so that no row meets itself.
-        twins = Best(len(block.rows), 1, np.inf) if what.itself else None
-        search(queries, visits, whole, best, twins)
+        itself = Twins(Best(len(block.rows), 1, np.inf), np.arange(len(block.rows)))
+        search(queries, visits, whole, best, itself if what.itself else None)
     return best.sorted()
 
 

@@ -127,9 +127,9 @@ def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tens
     return flat[: shape[0] * shape[1]].view(shape)
 
 
-def gathered(rows: Floats, chosen: Ints) -> Floats:
-    """rows[chosen] in this thread's scratch memory, valid until its next call."""
-    out: Floats = _buffer("rows", (len(chosen), rows.shape[1]), torch.float32).numpy()
+def gathered(rows: Floats, chosen: Ints, name: str = "rows") -> Floats:
+    """rows[chosen] in this thread's scratch memory, valid until its next call by that name."""
+    out: Floats = _buffer(name, (len(chosen), rows.shape[1]), torch.float32).numpy()
     np.take(rows, chosen, axis=0, out=out, mode="clip")
     return out
 

@@ -17,18 +17,25 @@ _NOTHING = np.empty(0, np.float32)
 
 @dataclass(frozen=True)
 class Base:
-    """Rows (m, D) in order of cells, their numbers (m,), and where each cell starts (c+1,)."""
+    """Rows (m, D), their numbers (m,), the positions of those in cells in order of these (m',), and
+    where each cell starts (c+1,)."""
 
     rows: Floats
     numbers: Ints
+    members: Ints
     starts: Ints
 
     @classmethod
     def of(cls, rows: Floats, numbers: Ints, cell: Ints, cells: int) -> "Base":
-        """Sorts rows (m, D) by their cell (m,)."""
+        """By the cell (m,) of each row; those in none, a negative one, are left out."""
         order = np.argsort(cell, kind="stable")
-        starts = np.searchsorted(cell[order], np.arange(cells + 1))
-        return cls(rows[order], numbers[order], starts)
+        order = order[np.searchsorted(cell[order], 0) :]
+        return cls(rows, numbers, order, np.searchsorted(cell[order], np.arange(cells + 1)))
+
+    @classmethod
+    def in_order(cls, rows: Floats, numbers: Ints, starts: Ints) -> "Base":
+        """Of rows that stand in order of their cells."""
+        return cls(rows, numbers, np.arange(len(rows)), starts)
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,12 @@ class Visits:
     @classmethod
     def of(cls, cells: Ids | Ints, count: int) -> "Visits":
         """From the cells (n, p) that each query asks in, of `count`; negative: none."""
-        flat = cells.ravel()
-        order = np.argsort(flat, kind="stable")
-        starts = np.searchsorted(flat[order], np.arange(count + 1))
-        return cls(order // cells.shape[1], starts)
+        starts = np.zeros(count + 2, np.int64)
+        _count_visits(cells, starts)
+        np.cumsum(starts, out=starts)
+        queries = np.empty(starts[-1], np.int64)
+        _list_visits(cells, starts, queries)
+        return cls(queries, starts[:-1])
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,30 @@ class Queries:
     numbers: Ints
 
 
+@dataclass(frozen=True)
+class Twins:
+    """Where base rows that are queries themselves find their best: `best[at]`, at (m,)."""
+
+    best: Best
+    at: Ints
+
+
 def search(
-    queries: Queries, visits: Visits, base: Base, best: Best, twins: Best | None = None
+    queries: Queries, visits: Visits, base: Base, best: Best, twins: Twins | None = None
 ) -> None:
     """Offers to the best (n) of each query what it meets in the cells that it visits.
 
-    With `twins` (m) the queries are a part of the base: no row meets itself, and each pair is
-    offered to both of its rows, so that it is enough if one of them visits the other.
+    With `twins` the queries are a part of the base: no row meets itself, and each pair is offered
+    to both of its rows, so that it is enough if one of them visits the other.
     """
     lock = threading.Lock()
 
     def cell(number: int) -> None:
         asking = visits.queries[visits.starts[number] : visits.starts[number + 1]]
         for start in range(base.starts[number], base.starts[number + 1], BASE_ROWS):
-            block = slice(start, min(start + BASE_ROWS, int(base.starts[number + 1])))
-            products = Products(base.rows[block])
+            members = base.members[start : min(start + BASE_ROWS, base.starts[number + 1])]
+            block = Block(members, gathered(base.rows, members, "base"))
+            products = Products(block.rows)
             for first in range(0, len(asking), QUERY_ROWS):
                 mine = asking[first : first + QUERY_ROWS]
                 _meet(queries, mine, base, block, products, best, twins, lock)
@@ -79,37 +97,46 @@ def search(
     each(len(work), lambda i: cell(int(work[i])))
 
 
+@dataclass(frozen=True)
+class Block:
+    """Base rows (b, D) at positions (b,)."""
+
+    members: Ints
+    rows: Floats
+
+
 def _meet(
     queries: Queries,
     mine: Ints,
     base: Base,
-    block: slice,
+    block: Block,
     products: Products,
     best: Best,
-    twins: Best | None,
+    twins: Twins | None,
     lock: threading.Lock,
 ) -> None:
-    asking = gathered(queries.rows, mine)
+    asking = gathered(queries.rows, mine, "queries")
     slack = np.float32(products.slack)
     # Other threads may raise the floors meanwhile: then a few are offered in vain.
     floors = best.score[mine, 0] - slack
-    other = twins.score[block, 0] - slack if twins else _NOTHING
+    other = twins.best.score[twins.at[block.members], 0] - slack if twins else _NOTHING
     at_row, at_column = products.reaching(asking, floors, other)
     if not len(at_row):
         return
     found = np.empty(len(at_row), np.float32)
-    _rescore(asking, base.rows[block], at_row, at_column, found)
-    pairs = (mine[at_row], base.numbers[block][at_column], found)
+    _rescore(asking, block.rows, at_row, at_column, found)
+    column = block.members[at_column]
+    pairs = (mine[at_row], base.numbers[column], found)
     with lock:
         if twins is None:
             _offer_pairs(*pairs, best.score, best.number, False)
         else:
-            numbers, column = queries.numbers[pairs[0]], block.start + at_column
+            numbers, twin = queries.numbers[pairs[0]], twins.at[column]
             apart = numbers != pairs[1]
             rows, others, found = pairs[0][apart], pairs[1][apart], found[apart]
             _offer_pairs(rows, others, found, best.score, best.number, True)
-            back = (column[apart], numbers[apart], found)
-            _offer_pairs(*back, twins.score, twins.number, True)
+            back = (twin[apart], numbers[apart], found)
+            _offer_pairs(*back, twins.best.score, twins.best.number, True)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -125,3 +152,22 @@ def _offer_pairs(
 ) -> None:
     for i in range(found.size):
         offer(score[rows[i]], number[rows[i]], found[i], others[i], again)
+
+
+@numba.njit(nogil=True, cache=True)
+def _count_visits(cells: Ids | Ints, starts: Ints) -> None:
+    """Adds the visits to cell c to `starts`, two places on."""
+    for cell in cells.flat:
+        if cell >= 0:
+            starts[cell + 2] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _list_visits(cells: Ids | Ints, starts: Ints, queries: Ints) -> None:
+    """Writes queries in order of cells; `starts`, one place on, ends where the next begins."""
+    for i in range(cells.shape[0]):
+        for slot in range(cells.shape[1]):
+            if cells[i, slot] >= 0:
+                place = cells[i, slot] + 1
+                queries[starts[place]] = i
+                starts[place] += 1

@@ -136,7 +136,7 @@ def publish_groups(store: Store, path: str, centroids: Floats, probe: Callable[[
     if len(centroids) <= groups.MANY or store.exists(_groups_path(path)):
         return
     found = Groups.over(centroids, probe())
-    members = pa.ListArray.from_arrays(found.base.starts.astype(np.int32), found.base.numbers)
+    members = pa.ListArray.from_arrays(found.base.starts.astype(np.int32), found.base.members)
     table = centroids_table(found.groups, {"beam": str(found.beam)})
     write_table(store, _groups_path(path), table.append_column("members", members))
 
@@ -145,7 +145,7 @@ def _read_groups(store: Store, path: str, centroids: Floats) -> Groups:
     table = read_table(store, _groups_path(path))
     members = table["members"].combine_chunks()
     numbers, starts = members.values.to_numpy(), members.offsets.to_numpy().astype(np.int64)
-    base = Base(centroids[numbers], numbers, starts)
+    base = Base(centroids, np.arange(len(centroids)), numbers, starts)
     return Groups(
         base, read_centroids(store, _groups_path(path)), int(table.schema.metadata[b"beam"])
     )

@@ -10,7 +10,7 @@ from curation.algorithms import knn
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.products import Floats, Ints
-from curation.algorithms.search import Base, Queries, Visits, search
+from curation.algorithms.search import Base, Queries, Twins, Visits, search
 from curation.runtime.executor import Counts
 from curation.runtime.store import Store, open_store, write_table
 from curation.schema import NEIGHBOURS
@@ -180,7 +180,10 @@ class AnswerWorker:
         table = pa.concat_tables(sent)
         cell = column_numpy(table, "cell") - first
         base = Base.of(rows_of(table), column_numpy(table, "image"), cell, last - first)
-        twins = Best(len(base.rows), join.k, join.min_cosine) if join.itself else None
+        twins = None
+        if join.itself:
+            best = Best(len(base.rows), join.k, join.min_cosine)
+            twins = Twins(best, np.arange(len(base.rows)))
         found = [NEIGHBOURS.empty_table()]
         for chunk in self._wave:
             asked = receive(store, join.path("queries", chunk), bucket)
@@ -188,14 +191,14 @@ class AnswerWorker:
             for start in range(0, len(asked), step):
                 found.append(self._answer(asked.slice(start, step), base, first, twins))
         if twins:
-            found.append(pairs_of(base.numbers, twins.sorted()))
+            found.append(pairs_of(base.numbers, twins.best.sorted()))
         pairs = pa.concat_tables(found)
         to = self._layout.chunk_of(column_numpy(pairs, "query"))
         path = join.path("pairs", 1 + self._wave[0], bucket)
         send(store, path, pairs, to, len(self._layout.queries))
         return {"pairs": len(pairs)}
 
-    def _answer(self, asked: pa.Table, base: Base, first: int, twins: Best | None) -> pa.Table:
+    def _answer(self, asked: pa.Table, base: Base, first: int, twins: Twins | None) -> pa.Table:
         join, cells = self._join, asked["cells"].combine_chunks()
         lengths = np.diff(cells.offsets.to_numpy())
         cell = cells.flatten().to_numpy() - first

@@ -7,7 +7,7 @@ from test_knn import check, unit
 
 from curation.algorithms import products, search
 from curation.algorithms.best import NONE, Best, Neighbours
-from curation.algorithms.search import Base, Queries, Visits
+from curation.algorithms.search import Base, Queries, Twins, Visits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,7 +40,7 @@ def test_a_pair_counts_for_both_when_one_visits_the_other() -> None:
     base = Base.of(rows, np.arange(100, 150), np.repeat([0, 1], 25), 2)
     visits = Visits.of(np.repeat([[1]], 50, axis=0), 2)  # all visit the second half only
     best = Best(50, 49)
-    search.search(Queries(rows, base.numbers), visits, base, best, best)
+    search.search(Queries(rows, base.numbers), visits, base, best, Twins(best, np.arange(50)))
     found = best.sorted()
     for row in range(50):
         numbers = found.number[row][found.number[row] != NONE].tolist()
