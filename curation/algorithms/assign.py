@@ -31,7 +31,7 @@ from curation.algorithms.products import (
     square_norms,
 )
 
-NEAR = 8  # centroids remembered for each row
+NEAR = 16  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most
 COST = np.array([*SHARES, 2.0], np.float32)
 ALL = len(SHARES)
@@ -63,7 +63,7 @@ class Assigner:
     near ones, and of the others those that lie so far from where they were that the bound doesn't
     rule them out. A row for which that has cost as much as comparing all has all compared again.
     These are the bounds of Hamerly (SDM 2010) and of Drake and Hamerly (2012), with one bound a
-    row and the movement of each centroid by itself. Held between calls: 78 bytes a row, and the
+    row and the movement of each centroid by itself. Held between calls: 142 bytes a row, and the
     centroids of the calls whose bounds are in use.
     """
 
@@ -105,14 +105,15 @@ class Assigner:
         each_tile(len(rows), TILE_ROWS, lambda a, b: bounds.look(a, b, *state))
         known.spent[:] += COST[group]
         group[(known.spent > 1) & (group > 0)] = ALL
-        for call in np.unique(known.searched[(group > 0) & (group < ALL)]).tolist():
-            moved = moves.by[moves.place[call]]
+        some = np.flatnonzero((group > 0) & (group < ALL))
+        kind = known.searched[some].astype(np.int32) * ALL + group[some]
+        some = some[np.argsort(kind, kind="stable")]
+        kinds, starts = np.unique(np.sort(kind), return_index=True)
+        for one, mine in zip(kinds.tolist(), np.split(some, starts)[1:], strict=True):
+            moved = moves.by[moves.place[one // ALL]]
             order = np.argsort(-moved, kind="stable")
-            for number in range(1, ALL):
-                mine = np.flatnonzero((group == number) & (known.searched == call))
-                if len(mine):
-                    far = np.sort(order[: limits[number]]).astype(np.int32)
-                    self._try(rows, mine, far, moved)
+            far = np.sort(order[: limits[one % ALL]]).astype(np.int32)
+            self._try(rows, mine, far, moved)
         self._search(rows, np.flatnonzero(group == ALL), fast_dtype())
 
     def _try(self, rows: Floats, chosen: Ints, far: Ids, moved: Floats) -> None:

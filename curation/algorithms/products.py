@@ -3,6 +3,8 @@
 Work is cut in tiles that don't depend on the number of threads, so results don't either.
 """
 
+import functools
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -150,11 +152,19 @@ def each(count: int, work: Callable[[int], None]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for _ in pool.map(work, range(count)):
-                pass
+        for _ in _pool(threads).map(work, range(count)):
+            pass
     finally:
         torch.set_num_threads(before)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Kept: k-means calls for threads a hundred times an iteration."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads but its own
 
 
 def as_rows(block: npt.ArrayLike) -> Floats:
