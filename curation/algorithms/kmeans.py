@@ -81,8 +81,8 @@ def fit_blocks(
     Each call of `blocks` gives the same arrays (n_i, D) in the same order: two passes to look and
     to start, one an iteration, and one more above `groups.MANY` centroids. Held meanwhile: 150
     bytes a row, the centroids and their sums, and 4 k bytes a block and iteration, so that blocks
-    should not be much smaller than k rows. A repeated centroid, as of copies, gets no rows. `note` is
-    called after each iteration.
+    should not be much smaller than k rows. A repeated centroid, as of copies, gets no rows.
+    `note` is called after each iteration.
     Raises ValueError for no rows, rows that are not finite and, if spherical, not of unit norm
     (zeros as well: they have no direction).
     """

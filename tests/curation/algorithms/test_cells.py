@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from test_knn import NEAR_EQUAL, unit
+from test_knn import NEAR_EQUAL, around, unit
 
 from curation.algorithms.best import NONE
-from curation.algorithms.cells import AGREEMENT, Cells
+from curation.algorithms.cells import AGREEMENT, FAR_CELLS, Cells
 from curation.algorithms.products import Floats
 
 
@@ -63,3 +63,22 @@ def test_fewer_cells_than_asked_are_filled_up() -> None:
     found = cells.nearest(unit(2, 8, 1), 50)
     assert found.number.shape == (2, len(cells))
     assert (found.number != NONE).all()
+
+
+def test_rows_far_from_all_cells_ask_in_more() -> None:
+    rows = np.concatenate([around(40, 4000, 32, 0.1, 0), unit(400, 32, 1)])  # and noise
+    cells = fitted(rows[:4000], 60)
+    way = cells.way(rows, 5)
+    assert way.shape == (4400, 5 * FAR_CELLS)
+    np.testing.assert_array_equal(way[:, :5], cells.nearest(rows, 5).number)
+    wide = (way[:, 5:] != NONE).all(axis=1)
+    assert ((way[:, 5:] == NONE).all(axis=1) | wide).all()
+    assert 0.1 < wide[:4000].mean() < 0.2
+    assert wide[4000:].mean() > 0.9
+    np.testing.assert_array_equal(way[wide], cells.nearest(rows[wide], 5 * FAR_CELLS).number)
+
+
+def test_near_cells_have_near_numbers() -> None:
+    centroids = fitted(around(40, 6000, 32, 0.3, 0), 300).centroids
+    next_ones = np.einsum("cd,cd->c", centroids[1:], centroids[:-1])
+    assert next_ones.mean() > (centroids @ centroids.T).mean() + 0.3

@@ -46,3 +46,21 @@ def test_a_pair_counts_for_both_when_one_visits_the_other() -> None:
         numbers = found.number[row][found.number[row] != NONE].tolist()
         others = range(100, 150) if row >= 25 else range(125, 150)
         assert sorted(numbers) == [n for n in others if n != row + 100]
+
+
+def test_visits_list_the_queries_of_each_cell_in_their_order() -> None:
+    cells = np.random.default_rng(0).integers(-1, 7, (30, 4)).astype(np.int32)
+    visits = Visits.of(cells, 9)
+    assert visits.starts.shape == (10,)
+    for cell in range(9):
+        asking = visits.queries[visits.starts[cell] : visits.starts[cell + 1]]
+        np.testing.assert_array_equal(asking, np.nonzero(cells == cell)[0])
+
+
+def test_rows_in_no_cell_are_not_met() -> None:
+    rows = unit(40, 8, 0)
+    base = Base.of(rows, np.arange(40), np.where(np.arange(40) % 2, -1, 0), 1)
+    best = Best(40, 40)
+    visits = Visits.of(np.zeros((40, 1), np.int32), 1)
+    search.search(Queries(rows, np.empty(0, np.int64)), visits, base, best)
+    assert set(best.sorted().number.ravel().tolist()) == {NONE, *range(0, 40, 2)}
