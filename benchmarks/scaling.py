@@ -3,7 +3,8 @@
     python -m benchmarks.scaling [--rows 62500] [--minutes 30]
 
 dedup is the self-join (64 neighbours above cosine 0.6), cluster five iterations of k-means with a
-cluster for every thousand rows, retrieve the 4 nearest of a query for every ten rows. The joins
+thousand clusters (their number is the recipe's, whatever the pool), retrieve the 4 nearest of a
+query for every ten rows. The joins
 choose their own nprobe for recall .99. Every run is a process of its own, which makes its rows
 before the clock starts; the doubling ends when the next round would not fit in the time or memory.
 """
@@ -24,6 +25,7 @@ from benchmarks.vectors import COPIES, SEMANTIC, Floats, make
 from curation.algorithms import kmeans, knn
 
 DIM = 384
+CLUSTERS = 1000
 START = 62_500
 POOL = 1_200_000_000
 MOST_RATIO = 2.3
@@ -52,7 +54,7 @@ def dedup(rows: Floats) -> None:
 
 
 def cluster(rows: Floats) -> None:
-    kmeans.fit(rows, len(rows) // 1000, 5, np.random.default_rng(0))
+    kmeans.fit(rows, CLUSTERS, 5, np.random.default_rng(0))
 
 
 def retrieve(rows: Floats) -> None:
@@ -136,8 +138,8 @@ def extrapolate(runs: dict[str, list[Run]]) -> None:
         lines.append([task, fit, f"{off:.0%}", f"{hours:,.0f}"])
     print(f"Fit of the {FITTED} largest sizes, and what it says of {POOL:,} rows:\n")
     table(["", "seconds", "largest error of the fit", "hours of one such machine"], lines)
-    print(f"cluster with {POOL // 1000:,} clusters. Time only: rows that don't fit in memory go")
-    print("through `curate run`, which also reads and writes them.\n")
+    print("Time only: rows that don't fit in memory go through `curate run`, which also reads and")
+    print("writes them.\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,8 +3,6 @@
 Work is cut in tiles that don't depend on the number of threads, so results don't either.
 """
 
-import functools
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -158,13 +156,17 @@ def each(count: int, work: Callable[[int], None]) -> None:
         torch.set_num_threads(before)
 
 
-@functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Kept: k-means calls for threads a hundred times an iteration."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    """Kept by whoever calls: k-means asks for threads a hundred times an iteration.
 
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no threads but its own
+    A forked child has another id, and none of its parent's threads.
+    """
+    kept_for = threads, threading.get_native_id()
+    if getattr(_scratch, "pool_kept_for", None) != kept_for:
+        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        _scratch.pool_kept_for, _scratch.pool = kept_for, pool
+    kept: ThreadPoolExecutor = _scratch.pool
+    return kept
 
 
 def as_rows(block: npt.ArrayLike) -> Floats:

@@ -1,5 +1,7 @@
 """Products on the processor and by the code for a GPU (here on the processor's own device)."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
@@ -73,3 +75,20 @@ def test_a_gpu_gives_the_same_centroids_and_neighbours(monkeypatch: pytest.Monke
         fitted = fit(rows, 40, 6, np.random.default_rng(0))
         found.append((fitted.centroids.tobytes(), neighbours.score.tobytes()))
     assert found[0] == found[1]
+
+
+def _doubled(numbers: list[int]) -> list[int]:
+    found = [0] * len(numbers)
+
+    def double(place: int) -> None:
+        found[place] = 2 * numbers[place]
+
+    products.each(len(numbers), double)
+    return found
+
+
+def test_a_forked_child_has_threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert _doubled([1, 2, 3]) == [2, 4, 6]
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply_async(_doubled, ([4, 5, 6],)).get(timeout=60) == [8, 10, 12]
