@@ -293,7 +293,11 @@ def read_table(
     with store.open(path) as file:
         if row_group is not None:
             return pq.ParquetFile(file).read_row_group(row_group, columns=columns)
-        return pq.read_table(file, columns=columns, filters=filters)
+        # Arrow's threads still close a Python file when this returns, and abort a process that
+        # ends meanwhile (apache/arrow issues 33975, 34314): so none.
+        return pq.read_table(
+            file, columns=columns, filters=filters, use_threads=False, pre_buffer=False
+        )
 
 
 def write_table(
