@@ -89,7 +89,7 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     kept = first_of_equal(base) if what.itself else np.arange(len(base))
     distinct = np.flatnonzero(kept == np.arange(len(base)))
     rows = base if len(distinct) == len(base) else base[distinct]
-    plan = fit_cells(rows, cell_count(len(rows)), rng)
+    plan = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
     sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
@@ -186,11 +186,10 @@ def fit_rows(base_rows: int) -> int:
     return min(base_rows, SAMPLE_PER_CELL * max(FEW_CELLS, cell_count(base_rows)))
 
 
-def fit_cells(base: Floats, count: int, rng: np.random.Generator) -> Cells:
+def fit_cells(base: Floats, rng: np.random.Generator) -> Cells:
     """Cells of a sample of base rows (m, D)."""
-    wanted = min(len(base), SAMPLE_PER_CELL * max(FEW_CELLS, count))
-    chosen = np.sort(rng.choice(len(base), wanted, replace=False))
-    return Cells.fit(base[chosen], count, rng)
+    chosen = np.sort(rng.choice(len(base), fit_rows(len(base)), replace=False))
+    return Cells.fit(base[chosen], cell_count(len(base)), rng)
 
 
 def exact(queries: Queries, base: Iterable[Queries], what: Search) -> Neighbours:

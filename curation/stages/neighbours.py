@@ -54,8 +54,7 @@ EXACT_ROWS = 16_384  # queries compared with a whole base together
 CHUNK_ROWS = 65_536  # rows that are partitioned or routed together
 BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
 SLAB_ROWS = 1_000_000  # base rows of one IVF-PQ index: 2 GB at 512 dimensions
-FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 4 GB at 512 dimensions
-MOST_CELLS = 1 << 18
+FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 8.6 GB at 512 dimensions
 SAMPLE_QUERIES = 1024
 TEMPORARY = ("base", "truth", "queries", "pairs", "setup")
 
@@ -228,8 +227,7 @@ def _fit_cells(join: Join, layout: Layout, store: Store) -> None:
     """Cells, and buckets of consecutive ones that hold about BUCKET_ROWS each."""
     fit = load_arrays(store, join.setup("sample"))["fit"]
     total = sum(part.rows for group in layout.base for part in group)
-    count = min(MOST_CELLS, knn.cell_count(total))
-    cells = Cells.fit(fit, count, np.random.default_rng(join.seed))
+    cells = Cells.fit(fit, knn.cell_count(total), np.random.default_rng(join.seed))
     sizes = np.bincount(cells.assign(fit), minlength=len(cells)) * (total / max(1, len(fit)))
     bucket = (np.cumsum(sizes) - sizes) // BUCKET_ROWS
     edges = np.flatnonzero(np.r_[True, bucket[1:] != bucket[:-1]])
