@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -140,7 +141,7 @@ def read(
     except (OSError, RuntimeError, KeyError, TypeError, CheckpointException) as error:
         why = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: can't be read: {why}") from None
-    set_model_state_dict(model, state["model"])
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     return progress
@@ -161,7 +162,10 @@ def _check_shapes(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def _state(model: StudentTeacher, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    state: dict[str, Any] = {"model": get_model_state_dict(model)}
+    """Without a frozen teacher, which a run reads from where it first was."""
+    whole = get_model_state_dict(model)
+    kept = {name: value for name, value in whole.items() if not name.startswith("frozen.")}
+    state: dict[str, Any] = {"model": kept}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer)
     return state

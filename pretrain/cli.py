@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,16 +32,43 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(config: str, shards: str, out: Path, init: Path | None, settings: list[str]) -> None:
     from pretrain import checkpoint, export
     from pretrain.config import load
+
+    below, weights = None, None
+    if init is not None:
+        weights = checkpoint.latest(init)
+        below = export.read_config(init).model_dump(mode="json")
+    _begin(load(config, [*settings, _setting("data.shards", shards)], below), out, weights)
+
+
+def _distill(
+    teacher: str, weights: str, student: str, shards: str, out: Path, settings: list[str]
+) -> None:
+    from pretrain import checkpoint, export
+    from pretrain.config import load, shipped
+
+    name = f"distill_{student}"
+    given = {"distill.teacher": teacher, "distill.weights": weights, "data.shards": shards}
+    below = None
+    if Path(teacher).is_dir():  # its heads, so that the student has as many prototypes
+        checkpoint.latest(Path(teacher))
+        theirs = export.read_config(Path(teacher)).model_dump(mode="json")
+        below = {"objective": theirs["objective"]}
+    settings = [*settings, *(_setting(path, value) for path, value in given.items())]
+    _begin(load(name if name in shipped() else student, settings, below), out, None)
+
+
+def _setting(path: str, value: str) -> str:
+    return f"{path}={json.dumps(value)}"
+
+
+def _begin(chosen: "Config", out: Path, weights: Path | None) -> None:
+    """A new run."""
+    from pretrain import checkpoint
     from pretrain.shards import open_source
     from pretrain.train import Begin, train
 
     if (out / checkpoint.CONFIG).exists():
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
-    below, weights = None, None
-    if init is not None:
-        weights = checkpoint.latest(init)
-        below = export.read_config(init).model_dump(mode="json")
-    chosen = load(config, [*settings, f"data.shards={json.dumps(shards)}"], below)
     _warn(chosen.warnings())
     source = open_source(chosen.data.shards)
     out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +116,7 @@ def _shipped(command: str) -> Any:
 
 _COMMANDS: dict[str, Any] = {
     "train": _train,
+    "distill": _distill,
     "resume": _resume,
     "evaluate": _evaluate,
     "export": _export,
@@ -111,14 +142,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", required=True, help=f"a YAML file, or one of {', '.join(shipped())}"
     )
-    train.add_argument(
-        "--shards", required=True, help="folder or s3://bucket/prefix: shards, tars or images"
-    )
-    train.add_argument("--out", type=Path, required=True, help="folder of the run")
     train.add_argument("--init", type=Path, metavar="RUN", help="begin with the weights of a run")
+    distill = commands.add_parser("distill", help="train a small student of a frozen teacher")
+    distill.add_argument("--teacher", required=True, help="DIR of a run, or a timm model's name")
+    distill.add_argument(
+        "--teacher-weights",
+        dest="weights",
+        default="hub",
+        help="of a timm model: a file in its names or the official ones; else from the hub",
+    )
+    students = [name.removeprefix("distill_") for name in shipped() if name.startswith("distill_")]
+    distill.add_argument(
+        "--student", required=True, help=f"one of {', '.join(students)}, or a YAML file"
+    )
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
     resume.add_argument("run", type=Path, metavar="DIR")
-    for one in (train, resume):
+    for one in (train, distill):
+        one.add_argument(
+            "--shards", required=True, help="folder or s3://bucket/prefix: shards, tars or images"
+        )
+        one.add_argument("--out", type=Path, required=True, help="folder of the run")
+    for one in (train, distill, resume):
         one.add_argument(
             "--set",
             dest="settings",

@@ -43,6 +43,14 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """The frozen teacher of a smaller student; --teacher and --teacher-weights say both."""
+
+    teacher: str  # the folder of a run, or a timm model's name
+    weights: str = "hub"  # of a timm model: hub, or a file in timm's or the official names
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How a step is spread over ranks and over time.
 
@@ -79,6 +87,7 @@ class Config(BaseModel):
     masks: MaskingConfig = MaskingConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    distill: DistillConfig | None = None  # None: the student's own average teaches it
     data: DataConfig = DataConfig()
     parallel: ParallelConfig = ParallelConfig()
     watch: WatchConfig = WatchConfig()

@@ -42,6 +42,15 @@ def all_reduce_max(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """(N, D) of each rank, equally many -> (ranks * N, D), rank by rank, on all of them."""
+    if world_size() == 1:
+        return rows
+    everyone = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    distributed.all_gather_into_tensor(everyone, rows.contiguous())
+    return everyone
+
+
 ALL_RANKS = AllReduce(sum=all_reduce_sum, max=all_reduce_max)
 
 

@@ -50,6 +50,14 @@ def draw_masks(
     return _locate(flat, bound)
 
 
+def hide_nothing(images: int, grid: int) -> Masks:
+    """Of a distillation: the student sees every patch, and every patch counts."""
+    patches = grid * grid
+    tokens = torch.zeros(images, patches, dtype=torch.bool)
+    count = images * patches
+    return Masks(tokens, torch.arange(count), torch.full((count,), 1 / patches), count)
+
+
 def _locate(tokens: torch.Tensor, upper_bound: int) -> Masks:
     """The indices and weights of (2B, N) masks."""
     count = tokens.sum(dim=1, keepdim=True).clamp(min=1)

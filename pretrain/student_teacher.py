@@ -56,7 +56,11 @@ class StepLosses(NamedTuple):
 
 
 class StudentTeacher(nn.Module):
-    """Both networks as `backbone`, `dino_head` and, unless it is shared, `ibot_head`."""
+    """Both networks as `backbone`, `dino_head` and, unless it is shared, `ibot_head`.
+
+    In a distillation a `frozen` teacher says the targets, and `teacher` is only the student's
+    average: the model that comes out in both cases.
+    """
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class StudentTeacher(nn.Module):
         objective: ObjectiveConfig,
         reduce: AllReduce = ALONE,
         activation_checkpointing: bool = False,
+        frozen: nn.ModuleDict | None = None,
     ) -> None:
         """The teacher starts as a copy of the student; it never drops paths nor learns."""
         super().__init__()
@@ -72,6 +77,7 @@ class StudentTeacher(nn.Module):
         self.teacher = _networks(vit, objective, False)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
+        self.frozen = frozen
         heads = {"dino": objective.dino_head, "ibot": objective.ibot_head or objective.dino_head}
         self.centers = nn.ModuleDict()
         if objective.centering == "softmax":
@@ -81,6 +87,8 @@ class StudentTeacher(nn.Module):
     def train(self, mode: bool = True) -> "StudentTeacher":
         super().train(mode)
         self.teacher.eval()
+        if self.frozen is not None:
+            self.frozen.eval()
         return self
 
     def forward(self, batch: Batch, teacher_temperature: float) -> StepLosses:
@@ -114,14 +122,15 @@ class StudentTeacher(nn.Module):
     def targets(self, batch: Batch, temperature: float) -> Targets:
         """What the teacher sees in the whole global crops, centred."""
         seen: Tokens
-        (seen,) = self.teacher["backbone"]([batch.global_crops], patches=batch.masks.indices)
+        teacher = self.teacher if self.frozen is None else self.frozen
+        (seen,) = teacher["backbone"]([batch.global_crops], patches=batch.masks.indices)
         first, second = seen.cls.chunk(2)
         classes = torch.cat([second, first])  # so that each view meets the other one
         patches = seen.patches
-        if "ibot_head" in self.teacher:
-            dino, ibot = self.teacher["dino_head"](classes), self.teacher["ibot_head"](patches)
+        if "ibot_head" in teacher:
+            dino, ibot = teacher["dino_head"](classes), teacher["ibot_head"](patches)
         else:
-            both = self.teacher["dino_head"](torch.cat([classes, patches]))
+            both = teacher["dino_head"](torch.cat([classes, patches]))
             dino, ibot = both.split([len(classes), len(patches)])
         return Targets(
             self._center("dino", dino, temperature), self._center("ibot", ibot, temperature)

@@ -5,7 +5,7 @@ drawn by (seed, iteration, batch of the step), so that a resumed run goes on as 
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from pretrain.collate import normalise
 from pretrain.config import Config, to_yaml
 from pretrain.crops import GLOBAL_CROPS
 from pretrain.errors import UserError
-from pretrain.masking import draw_masks
+from pretrain.frozen import Anchors, blocks_of, fill_anchors, load_teacher
+from pretrain.masking import draw_masks, hide_nothing
 from pretrain.param_groups import adamw, param_groups, set_rates
 from pretrain.samples import Source
 from pretrain.schedules import schedules
@@ -56,13 +57,6 @@ class Training:
         self.rates = schedules(config.schedule)
         self.images = images_per_batch(config, distributed.world_size())
         torch.manual_seed(config.data.seed)  # the same start on every rank
-        self.model = _model(config, device)
-        self.spread = _spread(self.model, config, self.precision)
-        optimizer = config.optimizer
-        groups = param_groups(self.model.student, optimizer.layer_decay, optimizer.patch_embed_lr)
-        self.optimizer = adamw(groups, optimizer.betas)
-        self.scaler = self.precision.scaler()
-        self.iteration, data = self._begin(begin)
         data_config = config.data
         stream = StreamConfig(
             self.images,
@@ -71,6 +65,14 @@ class Training:
             data_config.workers,
             data_config.max_bad_share,
         )
+        self.model = _model(config, device)
+        self._fill_anchors(source, stream)
+        self.spread = _spread(self.model, config, self.precision)
+        optimizer = config.optimizer
+        groups = param_groups(self.model.student, optimizer.layer_decay, optimizer.patch_embed_lr)
+        self.optimizer = adamw(groups, optimizer.betas)
+        self.scaler = self.precision.scaler()
+        self.iteration, data = self._begin(begin)
         ranks = distributed.rank(), distributed.world_size()
         self.loader = Loader(source, config.crops, stream, *ranks, state=data)
         self.writer = checkpoint.Writer(out, config.watch.keep)
@@ -135,7 +137,11 @@ class Training:
         rng = np.random.default_rng([config.data.seed, self.iteration, batch])
         torch.manual_seed(int(rng.integers(SEEDS)))
         grid = config.crops.global_size // config.model.patch_size
-        masks = draw_masks(GLOBAL_CROPS * self.images, grid, rng, config.masks)
+        crop_count = GLOBAL_CROPS * self.images
+        if config.distill is None:
+            masks = draw_masks(crop_count, grid, rng, config.masks)
+        else:
+            masks = hide_nothing(crop_count, grid)
         tensors = (masks.tokens, masks.indices, masks.weights)
         tokens, indices, weights = (t.to(self.device, non_blocking=True) for t in tensors)
         return Batch(
@@ -163,6 +169,19 @@ class Training:
                 f"in {self.out / 'replay'}; lower schedule.base_lr, or resume from an earlier "
                 "checkpoint"
             )
+
+    def _fill_anchors(self, source: Source, stream: StreamConfig) -> None:
+        """From crops of another seed; again at each resume, so that no checkpoint holds them."""
+        frozen = self.model.frozen
+        if frozen is None or not isinstance(frozen["dino_head"], Anchors):
+            return
+        other = replace(stream, seed=stream.seed + 1)
+        ranks = distributed.rank(), distributed.world_size()
+        loader = Loader(source, replace(self.config.crops, local_crops=0), other, *ranks)
+        crops = (normalise(batch.global_crops, self.device) for batch in loader)
+        rng = torch.Generator().manual_seed(other.seed)
+        with self.precision.autocast():
+            fill_anchors(frozen, crops, rng)
 
     def _begin(self, begin: Begin) -> tuple[int, dict[str, object] | None]:
         """(iteration, position in the data)."""
@@ -197,6 +216,7 @@ def _model(config: Config, device: torch.device) -> StudentTeacher:
         config.objective,
         distributed.ALL_RANKS,
         config.parallel.activation_checkpointing,
+        load_teacher(config) if config.distill else None,
     )
     if config.parallel.compile:
         for network in (model.student, model.teacher):
@@ -215,4 +235,6 @@ def _spread(
     units = []
     for network in (model.student, model.teacher):
         units += [*network["backbone"].get_submodule("blocks").children(), *network.values()]
+    if model.frozen is not None:
+        units += [*blocks_of(model.frozen), *model.frozen.values()]
     return distributed.Spread(model, mode, units, chosen.dtype)

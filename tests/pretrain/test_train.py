@@ -1,66 +1,20 @@
 """`pretrain train` and what follows it, on a tiny model and real image files."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from training import arguments, lines, process, same, state
 
 from pretrain.cli import main
 from pretrain.export import load_run
 
-TINY = """
-model: {patch_size: 8, width: 48, depth: 2, heads: 3, image_size: 32, drop_path: 0.3}
-objective:
-  dino_head: {prototypes: 64, hidden: 64, bottleneck: 32}
-  ibot_head: {prototypes: 48, hidden: 64, bottleneck: 16}
-crops: {global_size: 32, local_size: 16, local_crops: 2}
-schedule: {iterations: 8, batch: 8, base_lr: 0.01, warmup: 2, last_layer_freeze: 1}
-data: {workers: 0}
-parallel: {precision: fp32}
-watch: {log_every: 1, checkpoint_every: 2, keep: 9}
-"""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the processes below have: with other threads sums differ in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 images of three colours, a folder a colour."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for number in range(24):
-        colour = np.eye(3)[number % 3] * 180 + rng.integers(0, 60, (40, 48, 3))
-        (folder / f"colour{number % 3}").mkdir(exist_ok=True)
-        path = folder / f"colour{number % 3}" / f"{number:02d}.png"
-        Image.fromarray(colour.astype(np.uint8)).save(path)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
-
-def arguments(config: Path, images: Path, out: Path, *settings: str) -> list[str]:
-    given = ["train", "--config", str(config), "--shards", str(images), "--out", str(out)]
-    return [*given, *(part for one in settings for part in ("--set", one))]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -69,32 +23,6 @@ def whole(config: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) 
     out = tmp_path_factory.mktemp("runs") / "whole"
     assert main(arguments(config, images, out)) == 0
     return out
-
-
-def lines(run: Path) -> list[dict[str, float]]:
-    """Without what a clock says."""
-    told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "images_per_s", "step_s", "data_wait")
-    return [{name: value for name, value in line.items() if name not in clock} for line in told]
-
-
-def state(run: Path) -> dict[str, torch.Tensor]:
-    return dict(load_run(run)[1].state_dict())
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def process(*given: str, ranks: int = 1, **options: object) -> "subprocess.Popen[str]":
-    start = [sys.executable, "-m", "pretrain"]
-    if ranks > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start += [f"--nproc-per-node={ranks}", "-m", "pretrain"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
-        [*start, *given], env=environment, text=True, stderr=subprocess.PIPE, **options
-    )
 
 
 def test_every_iteration_is_told_and_the_student_learns(whole: Path) -> None:
