@@ -1,6 +1,6 @@
 """`make bench`: every table; `python -m benchmarks kmeans join`: some of them.
 
-Quality and copies need the images of LVD_SHARED or ../shared.
+Learning, quality and copies need the images of LVD_SHARED or ../shared.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from benchmarks import (
     crops,
     join,
     kmeans,
+    learning,
     memory,
     pretrain_step,
     quality,
@@ -38,10 +39,13 @@ TABLES: dict[str, Callable[[], int]] = {
     "memory": lambda: memory.main([]),
     "crops": lambda: crops.main([]),
     "pretrain_step": lambda: pretrain_step.main([]),
+    "learning": lambda: learning.main(
+        ["--bench", str(LABELLED), "--teacher", str(SHARED / ENCODER)]
+    ),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
 }
-NEED_IMAGES = {"quality", "copies"}
+NEED_IMAGES = {"learning", "quality", "copies"}
 
 
 def main(arguments: list[str] | None = None) -> int:
