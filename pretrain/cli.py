@@ -26,13 +26,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(config: str, shards: str, out: Path, init: Path | None, settings: list[str]) -> None:
+def _train(
+    config: str, shards: str, out: Path, init: Path | None, resume: bool, settings: list[str]
+) -> None:
     from pretrain import checkpoint, export
     from pretrain.config import load
     from pretrain.shards import open_source
     from pretrain.train import Begin, train
 
-    if (out / checkpoint.CONFIG).exists():
+    if resume and checkpoint.folders(out):
+        _resume(out, settings)
+        return
+    if (out / checkpoint.CONFIG).exists() and not resume:
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
     below, weights = None, None
     if init is not None:
@@ -116,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--out", type=Path, required=True, help="folder of the run")
     train.add_argument("--init", type=Path, metavar="RUN", help="begin with the weights of a run")
+    again = "go on where --out has a checkpoint, else begin: for jobs that are started again"
+    train.add_argument("--resume", action="store_true", help=again)
     resume = commands.add_parser("resume", help="go on with a run from its last checkpoint")
     resume.add_argument("run", type=Path, metavar="DIR")
     for one in (train, resume):

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import yaml
-from judges import ROOT, judge
 from jsonschema import ValidationError
+from judges import ROOT, judge
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 LAUNCHER = ROOT / "deploy" / "ray-cluster.yaml"
