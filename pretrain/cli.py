@@ -29,15 +29,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(config: str, shards: str, out: Path, init: Path | None, settings: list[str]) -> None:
+def _train(
+    config: str, shards: str, out: Path, init: Path | None, resume: bool, settings: list[str]
+) -> None:
     from pretrain import checkpoint, export
     from pretrain.config import load
 
+    if resume and checkpoint.folders(out):
+        _resume(out, settings)
+        return
     below, weights = None, None
     if init is not None:
         weights = checkpoint.latest(init)
         below = export.read_config(init).model_dump(mode="json")
-    _begin(load(config, [*settings, _setting("data.shards", shards)], below), out, weights)
+    chosen = load(config, [*settings, _setting("data.shards", shards)], below)
+    _begin(chosen, out, weights, again=resume)
 
 
 def _distill(
@@ -61,13 +67,13 @@ def _setting(path: str, value: str) -> str:
     return f"{path}={json.dumps(value)}"
 
 
-def _begin(chosen: "Config", out: Path, weights: Path | None) -> None:
-    """A new run."""
+def _begin(chosen: "Config", out: Path, weights: Path | None, again: bool = False) -> None:
+    """A new run; `again`: in the place of one that has no checkpoint yet."""
     from pretrain import checkpoint
     from pretrain.shards import open_source
     from pretrain.train import Begin, train
 
-    if (out / checkpoint.CONFIG).exists():
+    if (out / checkpoint.CONFIG).exists() and not again:
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
     _warn(chosen.warnings())
     source = open_source(chosen.data.shards)
@@ -143,6 +149,8 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, help=f"a YAML file, or one of {', '.join(shipped())}"
     )
     train.add_argument("--init", type=Path, metavar="RUN", help="begin with the weights of a run")
+    again = "go on where --out has a checkpoint, else begin: for jobs that are started again"
+    train.add_argument("--resume", action="store_true", help=again)
     distill = commands.add_parser("distill", help="train a small student of a frozen teacher")
     distill.add_argument("--teacher", required=True, help="DIR of a run, or a timm model's name")
     distill.add_argument(

@@ -1,6 +1,7 @@
 """`pretrain train` and what follows it, on a tiny model and real image files."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -184,6 +185,21 @@ def test_mistakes_with_runs_are_told(
     assert "of another architecture" in capsys.readouterr().err
     assert main(["train", "--config", "vitb41", "--shards", ".", "--out", "x"]) == 2
     assert "did you mean vitb14?" in capsys.readouterr().err
+
+
+def test_a_job_that_is_started_again_goes_on(
+    whole: Path, config: Path, images: Path, tmp_path: Path
+) -> None:
+    """With --resume the same command begins a run, also one that came to no checkpoint."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for name in ("00000006", "00000008"):
+        shutil.rmtree(out / "checkpoints" / name)
+    assert main([*arguments(config, images, out), "--resume"]) == 0
+    assert lines(out) == lines(whole)
+    shutil.rmtree(out / "checkpoints")
+    assert main([*arguments(config, images, out), "--resume"]) == 0
+    assert lines(out) == lines(whole)
 
 
 def test_evaluate_tells_classes_apart(
