@@ -20,6 +20,7 @@ from benchmarks import (
     quality,
     retrieval,
     scaling,
+    urls,
     vectors,
 )
 
@@ -36,6 +37,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "scaling": lambda: scaling.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
+    "urls": lambda: urls.main([]),
     "crops": lambda: crops.main([]),
     "pretrain_step": lambda: pretrain_step.main([]),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),

@@ -375,4 +375,4 @@ def test_the_limits_of_a_host_hold_over_all_workers(
             assert site.most_open == 1
             assert site.asked["/robots.txt"] == 1
             assert max(site.began) - min(site.began) > 0.9 * 0.05 * 20  # 21 requests
-    assert Counter(row["decision"] for row in pool_rows(work).values()) == {"selected": 120}
+    assert "rejected" not in {row["decision"] for row in pool_rows(work).values()}
