@@ -21,6 +21,7 @@ from benchmarks import (
     quality,
     retrieval,
     scaling,
+    urls,
     vectors,
 )
 
@@ -37,6 +38,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "scaling": lambda: scaling.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
+    "urls": lambda: urls.main([]),
     "crops": lambda: crops.main([]),
     "pretrain_step": lambda: pretrain_step.main([]),
     "learning": lambda: learning.main(

@@ -30,6 +30,7 @@ from curation.stages import (
     cluster_tables,
     dedup,
     embed,
+    fetch,
     ingest,
     lineage,
     modes,
@@ -39,6 +40,7 @@ from curation.stages import (
 )
 from curation.stages.neighbour_plan import SearchConfig
 from curation.stages.tables import Embedded
+from curation.web.fetcher import FetchConfig
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
 RECIPE_FILE = "recipe.yaml"
@@ -138,16 +140,20 @@ def _fingerprints(stages: list[Stage]) -> dict[str, str]:
 
 def drop_retryable(recipe: Recipe, store: Store) -> int:
     """Forgets the parts that hold images whose fault may have gone away; returns how many."""
-    if read_report(store, "ingest") is None:
-        return 0
+    fetched = fetch.retryable(store)
+    dropped = []
     embedded = Embedded(embed_config(recipe).embedding)
-    dropped = embed.retryable(store, embedded)
-    if dropped:  # their fingerprints stay the same, so the stages have to be told
-        for name in STAGES[STAGES.index("embed") :]:
+    if read_report(store, "ingest") is not None:
+        dropped = embed.retryable(store, embedded)
+    # Their fingerprints stay the same, so the stages have to be told.
+    for name in STAGES[STAGES.index("ingest" if fetched else "embed") :]:
+        if fetched or dropped:
             restart(store, name)
+    for table in fetched:
+        fetch.try_again(store, table)
     for part in dropped:
         store.delete(embedded.vectors_path(part))
-    return len(dropped)
+    return len(fetched) + len(dropped)
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -183,7 +189,11 @@ def ingest_config(recipe: Recipe) -> ingest.IngestConfig:
     for number, source in enumerate(recipe.sources.pool):
         field = f"sources.pool.{number}"
         specs.append(ingest.SourceSpec(field, "pool", "", source.uri, source.format))
-    return ingest.IngestConfig(tuple(specs), recipe.resources.part_images)
+    given = recipe.fetch.model_dump() | {"robots": recipe.fetch.robots == "respect"}
+    how = FetchConfig(**given, max_bytes=recipe.images.max_bytes)
+    budget = fetch.Budget(recipe.failures.max_share, recipe.failures.min_images)
+    fetching = fetch.Fetching(how, budget)
+    return ingest.IngestConfig(tuple(specs), recipe.resources.part_images, fetching)
 
 
 def embed_config(recipe: Recipe) -> embed.EmbedConfig:

@@ -41,7 +41,11 @@ MEMBERS = pa.schema(
     ]
 )
 
-# ingest: the work list. A part is one row group of a members table.
+# ingest: a list of URLs; `columns` is the rest of the list's row as JSON.
+URLS = pa.schema([("url", pa.string()), ("columns", pa.string())])
+
+# ingest: the work list. A part is one row group of a members table. `source` "" is the run itself,
+# which keeps what was fetched.
 PARTS = pa.schema(
     [
         ("part", pa.int32()),

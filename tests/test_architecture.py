@@ -11,6 +11,7 @@ LAYERS = {
     "curation.schema": set(),
     "curation.algorithms": {"curation.schema"},
     "curation.images": {"curation.schema"},
+    "curation.web": set(),
     "curation.runtime": {"curation.schema"},
     "curation.recipe_faults": set(),
     "curation.recipe_modes": {"curation.recipe_faults"},
@@ -20,6 +21,7 @@ LAYERS = {
         "curation.algorithms",
         "curation.images",
         "curation.runtime",
+        "curation.web",
     },
     "curation.service": {"curation.schema", "curation.runtime"},
 }

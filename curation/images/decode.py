@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -30,6 +31,14 @@ FORMATS = tuple(name for name in EXTENSIONS if name != "MPO")
 
 # How a file of a known format begins: what can't be opened all the same is damaged.
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")
+SIGNATURES = (
+    ("jpg", b"\xff\xd8\xff"),
+    ("png", b"\x89PNG\r\n\x1a\n"),
+    ("gif", b"GIF8"),
+    ("webp", b"RIFF....WEBP"),
+    ("tif", b"II\\*\0|MM\0\\*"),
+    ("bmp", b"BM....\0\0\0\0"),
+)
 TIFF_TILE_SIDES = (322, 323)
 ORIENTATION = 0x0112
 UPRIGHT = {
@@ -86,6 +95,11 @@ def decode(data: bytes, limits: Limits) -> Decoded:
         except Exception as error:  # Pillow's decoders raise many types on hostile bytes
             raise _bad(error, data) from None
     return Decoded(rgb, EXTENSIONS[image.format or "JPEG"], rgb.width, rgb.height)
+
+
+def extension_of(head: bytes) -> str | None:
+    """The extension of a known format by a file's first 16 bytes."""
+    return next((ext for ext, start in SIGNATURES if re.match(start, head, re.DOTALL)), None)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -214,7 +214,7 @@ def _read_part(
 ) -> Iterator[tuple[int, dict[str, Any], bytes | str]]:
     """(row, member, bytes or the reason why there are none) of a part, in order."""
     members = read_table(store, part.table, row_group=part.row_group).to_pylist()
-    source = open_store(part.source)
+    source = part.open_source(store)
     if part.kind == "parquet":
         yield from _read_rows(source, members)
         return

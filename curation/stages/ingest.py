@@ -1,7 +1,8 @@
 """Sources -> members tables and the list of parts: finds every image, reads none.
 
-Folders are listed here; tars and Parquet files are scanned by workers, one table an archive. The
-tables are content-addressed, so that a new source or a changed archive costs only itself.
+Folders are listed here; tars and Parquet files are scanned by workers, one table an archive; lists
+of URLs are fetched first. The tables are content-addressed, so that a new source or a changed
+archive costs only itself.
 """
 
 import hashlib
@@ -24,15 +25,23 @@ from curation.images.sources import (
     scan_parquet,
     scan_tar,
 )
+from curation.images.url_lists import LIST_EXTENSIONS, is_url_list
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
-from curation.runtime.store import Entry, Store, StoreError, compression, open_store, split_uri
-from curation.schema import MEMBERS, PARTS
+from curation.runtime.store import Entry, Store, StoreError, open_store, split_uri
+from curation.schema import PARTS
+from curation.stages import fetch
+from curation.stages.members import Row, merge, write_groups, write_members
 from curation.stages.tables import PARTS_TABLE
 
 FOOTER_READERS = 16
 TYPICAL_BYTES = 50_000  # of one image in an archive
+URL_BYTES = 100  # of one URL in a list
+NOTHING = {
+    None: "no images, tars or Parquet files",
+    "urls": f"no lists of URLs ({', '.join(LIST_EXTENSIONS)})",
+}
 
 
 @dataclass(frozen=True)
@@ -48,10 +57,12 @@ class SourceSpec:
 
 @dataclass(frozen=True)
 class IngestConfig:
-    """All sources in order (curated, holdout, pool), and the images a part may hold."""
+    """All sources in order (curated, holdout, pool), the images a part may hold, and for lists of
+    URLs how they are fetched."""
 
     sources: tuple[SourceSpec, ...]
     part_images: int
+    fetching: fetch.Fetching
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ class Survey:
 
     def estimate(self) -> int:
         """About how many images this is, before any archive is opened."""
-        return self.image_files + sum(entry.size for _, entry, _ in self.archives) // TYPICAL_BYTES
+        typical = URL_BYTES if self.spec.format == "urls" else TYPICAL_BYTES
+        return self.image_files + sum(entry.size for _, entry, _ in self.archives) // typical
 
 
 def survey(cfg: IngestConfig) -> list[Survey]:
@@ -93,17 +105,22 @@ def run(
 ) -> StageReport:
     """Sources -> `ingest/members/*.parquet` and `ingest/parts.parquet`."""
     elapsed = timer()
-    begin(store, "ingest", stage_fingerprint, keep=("members",))
+    begin(store, "ingest", stage_fingerprint, keep=("members", "urls", "fetched"))
     have = {entry.path for entry in store.list("ingest/members")}
+    lists = [(root, e) for s in surveys for root, e, kind in s.archives if kind == "urls"]
+    fetched = iter(fetch.run(cfg.fetching, lists, cfg.part_images, store, executor, events))
     tables: list[tuple[SourceSpec, str, str, str]] = []  # (spec, root, kind, table)
     scans = []
     for found in surveys:
         for root in found.images:
             table = _table_name("files", root, found.digest, cfg.part_images)
             if table not in have:
-                _write_members(store, table, _listed_files(found.spec, root), cfg.part_images)
+                write_members(store, table, _listed_files(found.spec, root), cfg.part_images)
             tables.append((found.spec, root, "folder", table))
         for root, entry, kind in found.archives:
+            if kind == "urls":
+                tables += [(found.spec, "", "webdataset", table) for table in next(fetched)]
+                continue
             where = open_store(root).locate(entry.path)
             table = _table_name(where, entry.version + entry.fault, cfg.part_images)
             tables.append((found.spec, root, kind, table))
@@ -131,7 +148,9 @@ def run(
 
 def identity(cfg: IngestConfig, surveys: list[Survey]) -> str:
     """Changes with the sources' places in the recipe and with their files."""
-    return fingerprint(cfg.part_images, [(s.spec.role, s.spec.set, s.digest) for s in surveys])
+    places = [(s.spec.role, s.spec.set, s.digest) for s in surveys]
+    fetched = any(s.spec.format == "urls" for s in surveys)
+    return fingerprint(cfg.part_images, places, *(cfg.fetching.rules if fetched else ()))
 
 
 def _survey(spec: SourceSpec) -> Survey:
@@ -153,7 +172,7 @@ def _survey(spec: SourceSpec) -> Survey:
             archives.append((root, entry, kind))
     archives, sidecars = _without_sidecars(archives, folders)
     if not images and not archives:
-        what = f"no {spec.format} files" if spec.format else "no images, tars or Parquet files"
+        what = NOTHING.get(spec.format, f"no {spec.format} files")
         raise StoreError(
             f"{spec.field}.uri: {spec.uri}: {what}"
             + (f" ({ignored} other files)" if ignored else "")
@@ -190,12 +209,14 @@ def _files(spec: SourceSpec, only: str = "") -> Iterator[tuple[str, Entry]]:
             root, name = split_uri(uri)
             if only not in ("", root, uri):
                 continue
-            if kind_of(name) is not None and not uri.endswith("/") and _is_file(root, name):
+            is_listed = spec.format == "urls" and is_url_list(name)
+            if (is_listed or kind_of(name)) and not uri.endswith("/") and _is_file(root, name):
                 yield root, _opened(root, open_store(root).stat(name))
                 continue
             store, found = open_store(uri), False
             if not uri.startswith("s3://") and not os.path.isdir(store.uri):
-                raise StoreError(f"{uri}: no such file or folder")
+                advice = "; for a list of URLs say format: urls" if is_url_list(name) else ""
+                raise StoreError(f"{uri}: no such file or folder of images{advice}")
             for entry in store.list():
                 found = True
                 if not entry.path:
@@ -225,13 +246,15 @@ def _opened(root: str, entry: Entry) -> Entry:
 
 
 def _kind(spec: SourceSpec, entry: Entry) -> str | None:
+    if spec.format == "urls":
+        return "urls" if is_url_list(entry.path) else None
     kind = kind_of(entry.path)
     if kind is None and entry.fault.startswith("unreadable"):
         return "folder"  # a folder or link that can't be read is recorded, not passed over
     return kind if spec.format in (None, kind) else None
 
 
-def _listed_files(spec: SourceSpec, wanted: str) -> Iterator["Row"]:
+def _listed_files(spec: SourceSpec, wanted: str) -> Iterator[Row]:
     store = open_store(wanted)
     for root, entry in _files(spec, only=wanted):
         if root == wanted and _kind(spec, entry) == "folder":
@@ -256,7 +279,7 @@ class ScanWorker:
         source = open_store(root)
         where = readable(source.locate(entry.path))
 
-        def rows(members: Iterable[Member]) -> Iterator[tuple[str, str, Member, str]]:
+        def rows(members: Iterable[Member]) -> Iterator[Row]:
             for member in members:
                 name = member.name or entry.path  # the archive itself has no member name
                 named = Member(name, member.offset, member.size, member.extras, member.fault)
@@ -264,75 +287,15 @@ class ScanWorker:
 
         if entry.fault:
             faulty = [Member("", 0, 0, fault=entry.fault)]
-            return {"members": _write_members(self._store, table, rows(faulty), self._part_images)}
+            return {"members": write_members(self._store, table, rows(faulty), self._part_images)}
         with source.open(entry.path) as file:
             if kind == "webdataset":
                 found = rows(scan_tar(file, entry.size))
-                count = _write_members(self._store, table, found, self._part_images)
+                count = write_members(self._store, table, found, self._part_images)
             else:
                 groups = (list(rows(group)) for group in scan_parquet(file))
-                count = _write_groups(self._store, table, _merge(groups, self._part_images))
+                count = write_groups(self._store, table, merge(groups, self._part_images))
         return {"members": count}
-
-
-Row = tuple[str, str, Member, str]  # (uri of the file, its path below the root, member, version)
-
-
-def _merge(groups: Iterable[list[Row]], least: int) -> Iterator[list[Row]]:
-    """Whole Parquet row groups until a part is full: a row group is only ever read once."""
-    batch: list[Row] = []
-    for group in groups:
-        batch += group
-        if len(batch) >= least:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write_members(store: Store, table: str, rows: Iterable[Any], part_images: int) -> int:
-    return _write_groups(store, table, _chunks(rows, part_images))
-
-
-def _chunks(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _write_groups(store: Store, table: str, groups: Iterable[list[Row]]) -> int:
-    """Streams members to a table, one row group a part; the parts' digests go into its footer."""
-    total, digests = 0, []
-    with (
-        store.publish(table) as scratch,
-        pq.ParquetWriter(scratch, MEMBERS, compression=compression(MEMBERS)) as writer,
-    ):
-        for group in groups:
-            block = pa.Table.from_pylist([_row(*row) for row in group], schema=MEMBERS)
-            writer.write_table(block, row_group_size=len(group))
-            identity = [(p, m.name, m.offset, m.size, v, m.fault) for _, p, m, v in group]
-            digests.append(fingerprint(identity))
-            total += len(group)
-        writer.add_key_value_metadata({"digests": json.dumps(digests)})
-    return total
-
-
-def _row(uri: str, path: str, member: Member, version: str) -> dict[str, Any]:
-    return {
-        "uri": uri,
-        "key": readable(member.name),
-        "locator": os.fsencode(path),
-        "offset": member.offset,
-        "size": member.size,
-        "version": version,
-        "extras": member.extras,
-        "fault": member.fault,
-    }
 
 
 def _write_parts(store: Store, tables: list[tuple[SourceSpec, str, str, str]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from PIL import Image
 from curation.algorithms.sampling import Ints, draw_by_cluster, priorities
 from curation.images.decode import Limits, decode
 from curation.images.sources import read_parquet_rows
-from curation.runtime.store import Store, StoreError, open_store, read_table
+from curation.runtime.store import Store, StoreError, read_table
 from curation.stages.cluster import assignments_path
 from curation.stages.report_facts import selected_batches
 from curation.stages.tables import (
@@ -188,7 +188,7 @@ def describe(
             facts = {name: image[name] for name in ("key", "width", "height")}
             known[number] = {"id": image["id"].hex(), "source": part.role, **facts}
             try:
-                data = read_original(part, member, limits.max_bytes)
+                data = read_original(store, part, member, limits.max_bytes)
                 if hashlib.sha256(data).digest() != image["id"]:
                     raise StoreError("it has changed since it was embedded")
                 thumbnails[number] = thumbnail(data, limits)
@@ -199,10 +199,10 @@ def describe(
     return thumbnails
 
 
-def read_original(part: Part, member: Item, max_bytes: int) -> bytes:
+def read_original(store: Store, part: Part, member: Item, max_bytes: int) -> bytes:
     """An image's bytes from its source. Errors: StoreError, or the format's own when it changed."""
     path = member["locator"].decode("utf-8", "surrogateescape")
-    source = open_store(part.source)
+    source = part.open_source(store)
     if part.kind == "folder":
         return source.read(path, 0, max_bytes)
     with source.open(path) as file:

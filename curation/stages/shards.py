@@ -137,7 +137,7 @@ class SpoolWorker:
         offset = 0
         wanted = set((numbers - part.base).tolist())
         with (
-            open_store(part.source).open(path) as file,
+            part.open_source(self._store).open(path) as file,
             self._store.publish(_spool_path(part).replace(".parquet", ".bin")) as scratch,
             open(scratch, "wb") as out,
         ):
@@ -195,7 +195,7 @@ def _locations(
         "image": pa.array(numbers),
         "role": pa.array([part.role] * count),
         "set": pa.array([part.set or None] * count, pa.string()),
-        "source": pa.array([part.source] * count),
+        "source": pa.array([part.source or store.uri] * count),
         "metadata": pa.nulls(count, pa.string()),
         **{name: members[name] for name in ("key", "locator", "offset", "size", "extras")},
         **{name: images[name] for name in ("id", "ext", "width", "height")},

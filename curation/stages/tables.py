@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation.runtime.manifest import fingerprint
-from curation.runtime.store import Store, read_table
+from curation.runtime.store import Store, open_store, read_table
 
 PARTS_TABLE = "ingest/parts.parquet"
 EXACT_TABLE = "embed/exact.parquet"
@@ -31,6 +31,10 @@ class Part:
 
     def name(self) -> str:
         return f"{self.role}/{self.set or 'pool'}/{self.part:06d}"
+
+    def open_source(self, run: Store) -> Store:
+        """Where the part's images lie; what was fetched lies in the run itself."""
+        return open_store(self.source) if self.source else run
 
 
 def read_parts(store: Store, *roles: str) -> list[Part]:

@@ -14,7 +14,14 @@ from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
 from curation.runtime.store import StoreError, open_store, read_table
 from curation.stages import ingest
+from curation.stages.fetch import Budget, Fetching
 from curation.stages.tables import read_parts
+from curation.web.fetcher import FetchConfig
+
+NO_URLS = Fetching(
+    FetchConfig("lvd", True, (), (), 1, 1, 0.0, 1.0, 0, 10**6),
+    Budget(max_rejected_share=1, min_images=0),
+)
 
 
 def config(*uris: object, part_images: int = 10, form: str | None = None) -> ingest.IngestConfig:
@@ -22,7 +29,7 @@ def config(*uris: object, part_images: int = 10, form: str | None = None) -> ing
         ingest.SourceSpec(f"sources.pool.{n}", "pool", "", str(uri), form)
         for n, uri in enumerate(uris)
     ]
-    return ingest.IngestConfig(tuple(specs), part_images)
+    return ingest.IngestConfig(tuple(specs), part_images, NO_URLS)
 
 
 def ingested(run: Path, cfg: ingest.IngestConfig) -> list[tuple[str, str | None]]:
