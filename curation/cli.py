@@ -14,6 +14,7 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Executor, InProcessExecutor
 from curation.runtime.manifest import StageReport, forget
 from curation.runtime.store import Store, StoreError, hold, open_store
+from curation.schema import RECIPE_FILE
 
 TINY_JOB_IMAGES = 2000
 
@@ -161,14 +162,14 @@ def _lineage(options: argparse.Namespace) -> None:
 
 def _open_run(uri: str) -> Store:
     store = open_store(uri)
-    if not store.exists(pipeline.RECIPE_FILE):
-        raise StoreError(f"{uri}: not a run (no {pipeline.RECIPE_FILE} there)")
+    if not store.exists(RECIPE_FILE):
+        raise StoreError(f"{uri}: not a run (no {RECIPE_FILE} there)")
     return store
 
 
 def _recipe_of(store: Store) -> Recipe:
-    where = store.locate(pipeline.RECIPE_FILE)
-    return parse(store.read(pipeline.RECIPE_FILE).decode(), where, [])
+    where = store.locate(RECIPE_FILE)
+    return parse(store.read(RECIPE_FILE).decode(), where, [])
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import Entry, Store, StoreError, compression, open_store, split_uri
-from curation.schema import MEMBERS, PARTS
-from curation.stages.tables import PARTS_TABLE
+from curation.schema import MEMBERS, PARTS, PARTS_TABLE
 
 FOOTER_READERS = 16
 TYPICAL_BYTES = 50_000  # of one image in an archive

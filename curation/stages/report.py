@@ -16,12 +16,11 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish, read_report
 from curation.runtime.store import Store
+from curation.schema import REPORT_HTML, REPORT_JSON
 from curation.stages import report_examples as examples
 from curation.stages import report_facts as facts
 from curation.stages.tables import Embedded, read_parts
 
-REPORT_JSON = "report/report.json"
-REPORT_HTML = "report/report.html"
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage")
 
 
