@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from curation.runtime.events import HEARTBEAT_S
@@ -21,9 +22,19 @@ def stage_status(store: Store, stage: str) -> dict[str, Any]:
     return watched(json.loads(store.read(path)))
 
 
+def stage_images(stage: str, counts: Mapping[str, Any], found: int) -> int:
+    """The images that a finished stage worked on, of those that were found."""
+    if stage == "dedup":
+        return sum(int(counts[name]) for name in ("kept", "duplicate", "near_holdout"))
+    if stage in ("lineage", "report"):
+        return found
+    return int(counts["selected" if stage == "retrieve" else "images"])
+
+
 def done_status(report: StageReport, ingest: StageReport | None) -> dict[str, Any]:
-    """The status of a finished stage; its images are those that `ingest` found."""
-    images = 0 if ingest is None else int(ingest.counts["images"])
+    """The status of a finished stage."""
+    found = 0 if ingest is None else int(ingest.counts["images"])
+    images = stage_images(report.stage, report.counts, found)
     failed = len(report.counts.get("failed_parts", {}))
     done = {"done": images, "total": images, "failed_parts": failed}
     return {"state": "done", "seconds": report.seconds, **done}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 400.0, 130.0
 TICKS = 3
+SAME = 1e-4  # relative: smaller steps are noise, and their labels all alike
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def chart(title: str, points: Sequence[tuple[int, float]], percent: bool = False
         title=title,
         last=_label(ys[-1], percent),
         line=" ".join(f"{x:g},{y:g}" for x, y in places),
-        ticks=tuple((place(xs[0], y)[1], _label(y, percent)) for y in ticks),
+        ticks=tuple((place(xs[0], y)[1], _tick(y, ticks[1] - ticks[0], percent)) for y in ticks),
         first_x=f"{xs[0]:,}",
         last_x=f"{xs[-1]:,}",
         at=places[-1],
@@ -48,13 +49,22 @@ def chart(title: str, points: Sequence[tuple[int, float]], percent: bool = False
 
 def _ticks(low: float, high: float) -> list[float]:
     """Round values between which all of them lie."""
-    if low == high:
+    if high - low <= SAME * abs(high):
         low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
     rough = (high - low) / TICKS
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= rough)
     first = math.floor(low / step)
     return [round(n * step, 12) for n in range(first, math.ceil(high / step) + 1)]
+
+
+def _tick(value: float, step: float, percent: bool) -> str:
+    """With as many digits as the steps between ticks need."""
+    if percent:
+        return f"{100 * value:g} %"
+    if step < 1e-3:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, -math.floor(math.log10(step)))}f}"
 
 
 def _label(value: float, percent: bool) -> str:

@@ -235,14 +235,14 @@ def _done(stage: str, report: StageReport, ingest: StageReport | None) -> models
     failures = dict(report.counts.get("faults", {}))
     if status["failed_parts"]:
         failures["part_failed"] = status["failed_parts"]
-    rate = status["done"] / report.seconds if report.seconds else None
+    whole = report.seconds and stage != "report" and not report.counts.get("reused")
     return models.Stage(
         stage=stage,
         state="done",
         done=status["done"],
         total=status["total"],
         seconds=report.seconds,
-        rate_per_second=None if report.counts.get("reused") else rate,
+        rate_per_second=status["done"] / report.seconds if whole else None,
         failures=failures,
     )
 
