@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 READY_S = 120
-AWS = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+HOSTILE = """"><img src=x onerror="document.title='owned'">'.jpg"""
 
 
 @dataclass

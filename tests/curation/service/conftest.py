@@ -7,12 +7,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served import Served, served
+from served import HOSTILE, Served, served
 from workbench import Models, Project, picture, write_pictures
 
 from curation.service.client import Client
 
-HOSTILE = """"><img src=x onerror="document.title='owned'">'.jpg"""
 LINES = 30
 
 
