@@ -17,8 +17,8 @@ import pyarrow as pa
 
 from benchmarks.measuring import child
 from curation.runtime.store import FileStore, write_table
-from curation.schema import EXACT, IMAGES, NEIGHBOURS, PARTS
-from curation.stages.tables import EXACT_TABLE, PARTS_TABLE, Embedded, Part
+from curation.schema import EXACT, IMAGES, NEIGHBOURS, PARTS, PARTS_TABLE
+from curation.stages.tables import EXACT_TABLE, Embedded, Part
 
 PART_IMAGES = 10_000
 POOL = 1_200_000_000

@@ -1,12 +1,13 @@
 """`curate`: run a recipe, and look at what it did."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from curation import pipeline, queries, starter
+from curation import pipeline, queries, serving, starter
 from curation.images.encoders import EncoderError
 from curation.progress import Bars
 from curation.recipe import Recipe, RecipeError, load, parse
@@ -14,6 +15,8 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Executor, InProcessExecutor
 from curation.runtime.manifest import StageReport, forget
 from curation.runtime.store import Store, StoreError, hold, open_store
+from curation.schema import RECIPE_FILE
+from curation.service.auth import ServiceError
 
 TINY_JOB_IMAGES = 2000
 
@@ -23,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except (RecipeError, EncoderError) as error:
+    except (RecipeError, EncoderError, ServiceError) as error:
         print(f"curate: {error}", file=sys.stderr)
         return 2
     except StoreError as error:
@@ -56,12 +59,20 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--output", metavar="URI", help="where the run goes")
 
     run = add("run", _run, "run a recipe; goes on where an earlier run stopped")
-    run.add_argument("recipe")
+    run.add_argument("recipe", help="a file, or - to read it from the standard input")
     run.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
     run.add_argument(
         "--until", choices=pipeline.STAGES, metavar="STAGE", help=", ".join(pipeline.STAGES)
     )
     _add_ray(run)
+    run.add_argument(
+        "--serve",
+        nargs="?",
+        type=int,
+        const=serving.PORT,
+        metavar="PORT",
+        help=f"show the run at http://localhost:PORT while it goes on (default {serving.PORT})",
+    )
 
     retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
     retry.add_argument("run")
@@ -78,6 +89,13 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", _report, "write the report again, and print the funnel")
     report.add_argument("run")
+
+    serve = add("serve", _serve, "API and web page over a folder or s3:// prefix of runs")
+    serve.add_argument("runs", metavar="RUNS")
+    serve.add_argument("--host", default=serving.LOCALHOST, help="others reach 0.0.0.0")
+    serve.add_argument("--port", type=int, default=serving.PORT, help="0: a free one")
+    serve.add_argument("--tokens", metavar="FILE", help="lines of `read TOKEN` or `submit TOKEN`")
+    serve.add_argument("--ray-dashboard", metavar="URL", help="where POST /api/jobs sends recipes")
 
     lineage = add("lineage", _lineage, "one Parquet file with a row for every input image")
     lineage.add_argument("run")
@@ -100,7 +118,10 @@ def _run(options: argparse.Namespace) -> None:
     for line in pipeline.warnings(recipe):
         print(f"curate: {line}", file=sys.stderr)
     store = open_store(recipe.output)
-    with hold(store, pipeline.FOLDERS):
+    with contextlib.ExitStack() as held:
+        held.enter_context(hold(store, pipeline.FOLDERS))
+        if options.serve is not None:
+            held.enter_context(serving.beside(recipe.output, options.serve))
         reports = _execute(recipe, options.ray, options.until, store)
     if reports[-1].stage == "report":
         queries.print_funnel(store)
@@ -154,6 +175,11 @@ def _report(options: argparse.Namespace) -> None:
     queries.print_funnel(store)
 
 
+def _serve(options: argparse.Namespace) -> None:
+    fields = ("runs", "host", "port", "tokens", "ray_dashboard")
+    serving.serve(serving.ServeOptions(**{name: getattr(options, name) for name in fields}))
+
+
 def _lineage(options: argparse.Namespace) -> None:
     rows = queries.write_lineage(_open_run(options.run), options.out)
     print(f"{rows} rows in {options.out}")
@@ -161,14 +187,14 @@ def _lineage(options: argparse.Namespace) -> None:
 
 def _open_run(uri: str) -> Store:
     store = open_store(uri)
-    if not store.exists(pipeline.RECIPE_FILE):
-        raise StoreError(f"{uri}: not a run (no {pipeline.RECIPE_FILE} there)")
+    if not store.exists(RECIPE_FILE):
+        raise StoreError(f"{uri}: not a run (no {RECIPE_FILE} there)")
     return store
 
 
 def _recipe_of(store: Store) -> Recipe:
-    where = store.locate(pipeline.RECIPE_FILE)
-    return parse(store.read(pipeline.RECIPE_FILE).decode(), where, [])
+    where = store.locate(RECIPE_FILE)
+    return parse(store.read(RECIPE_FILE).decode(), where, [])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from curation.runtime.manifest import (
     restart,
 )
 from curation.runtime.store import Store, StoreError, open_store, split_uri
-from curation.schema import VERSIONS
+from curation.schema import RECIPE_FILE, VERSIONS
 from curation.stages import (
     cluster,
     cluster_tables,
@@ -43,7 +43,6 @@ from curation.stages.tables import Embedded
 from curation.web.fetcher import FetchConfig
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage", "report")
-RECIPE_FILE = "recipe.yaml"
 SEEDED = 10_000  # clusters: 40 minutes of k-means++ at 384 dimensions on two cores
 FOLDERS = (*STAGES, "status")
 

@@ -1,7 +1,6 @@
 """Answers about a run, from its files alone: status, the story of one image, the funnel."""
 
 import json
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -11,13 +10,11 @@ import pyarrow.parquet as pq
 from curation import pipeline
 from curation.images.sources import readable
 from curation.runtime.manifest import read_report
+from curation.runtime.status import stage_status
 from curation.runtime.store import Store, StoreError, compression, read_table
-from curation.schema import LINEAGE
-from curation.stages.lineage import lineage_path
-from curation.stages.report import REPORT_HTML, REPORT_JSON
+from curation.schema import LINEAGE, REPORT_HTML, REPORT_JSON, lineage_path
 from curation.stages.tables import Part, read_parts
 
-STALLED_S = 60.0
 ID_DIGITS = 8
 
 
@@ -42,27 +39,6 @@ def print_status(store: Store) -> None:
         if status.get("failed_parts"):
             notes = f"{status['failed_parts']} failed parts; {notes}"
         print(f"{stage:<10}{status['state']:<10}{done:>12}{total:>12}  {notes}")
-
-
-def stage_status(store: Store, stage: str) -> dict[str, Any]:
-    """The state of a stage: waiting, running, stalled, stopped, failed or done."""
-    if (report := read_report(store, stage)) is not None:
-        images, failed = _images(store), len(report.counts.get("failed_parts", {}))
-        done = {"done": images, "total": images, "failed_parts": failed}
-        return {"state": "done", "seconds": report.seconds, **done}
-    path = f"status/{stage}.json"
-    if not store.exists(path):
-        return {"state": "waiting"}
-    status: dict[str, Any] = json.loads(store.read(path))
-    if status["state"] == "running" and time.time() - status["heartbeat"] > STALLED_S:
-        silent = round(time.time() - status["heartbeat"])
-        status |= {"state": "stalled", "message": f"no sign of life for {silent} s; run again"}
-    return status
-
-
-def _images(store: Store) -> int:
-    report = read_report(store, "ingest")
-    return 0 if report is None else int(report.counts["images"])
 
 
 def print_story(store: Store, image: str) -> None:
@@ -93,7 +69,7 @@ def find(store: Store, image: str) -> list[dict[str, Any]]:
     image = readable(image)  # the command line may hold bytes that aren't UTF-8, as keys do
     rows: list[dict[str, Any]] = []
     for part in _lineage_parts(store):
-        table = read_table(store, lineage_path(part))
+        table = read_table(store, lineage_path(part.part))
         match = pc.or_(pc.equal(table["key"], image), pc.ends_with(table["key"], "/" + image))
         if len(image) >= ID_DIGITS:
             by_id = pc.fill_null(pc.starts_with(table["id"], image.lower()), False)
@@ -108,7 +84,7 @@ def write_lineage(store: Store, path: str) -> int:
     try:
         with pq.ParquetWriter(path, LINEAGE, compression=compression(LINEAGE)) as writer:
             for part in _lineage_parts(store):
-                table: pa.Table = read_table(store, lineage_path(part))
+                table: pa.Table = read_table(store, lineage_path(part.part))
                 writer.write_table(table)
                 rows += len(table)
     except OSError as error:

@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -234,9 +235,9 @@ class Recipe(Model):
     @classmethod
     def _apart_from_output(cls, sources: Sources, info: ValidationInfo) -> Sources:
         """A source within the output would be deleted by it; the output within one, ingested."""
-        output = _place(info.data.get("output", "\0"))
+        output = location(info.data.get("output", "\0"))
         for source in [*sources.pool, *sources.curated.values(), *sources.holdout.values()]:
-            place = _place(source.uri)
+            place = location(source.uri)
             if output.startswith(place) or place.startswith(output):
                 raise PydanticCustomError(
                     "conflict",
@@ -268,7 +269,7 @@ class Recipe(Model):
         )
 
 
-def _place(uri: str) -> str:
+def location(uri: str) -> str:
     """A uri in the form in which one begins with another if it lies inside it."""
     if uri.startswith("s3://") or uri == "\0":
         return uri.rstrip("/") + "/"
@@ -298,9 +299,12 @@ _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """A recipe file with `a.b=value` overrides. Raises RecipeError that lists every fault."""
+    """A recipe file (`-`: the standard input) with `a.b=value` overrides.
+
+    Raises RecipeError that lists every fault.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such file; `curate init` writes a starter recipe") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -14,11 +14,18 @@ VERSIONS = {
     "cluster": 2,
     "retrieve": 1,
     "shards": 1,
-    "lineage": 1,
+    "lineage": 2,
     "report": 3,
 }
 
 ROLES = ("curated", "holdout", "pool")
+
+# Where readers of a run find what they need, besides each stage's `done.json`.
+RECIPE_FILE = "recipe.yaml"
+PARTS_TABLE = "ingest/parts.parquet"
+SHARDS_MANIFEST = "shards/manifest.json"
+REPORT_JSON = "report/report.json"
+REPORT_HTML = "report/report.html"
 
 ID = pa.binary(32)  # sha256 of the image's bytes
 
@@ -177,6 +184,27 @@ LINEAGE = pa.schema(
         ("image", pa.int64()),
     ]
 )
+
+
+# lineage: image numbers by a key, sorted by (key, image), a file for some millions of images: by
+# `id` and `query` (the first 8 bytes of a sha256, big-endian), and by `component`.
+LOOKUP = pa.schema([("key", pa.uint64()), ("image", pa.int64())])
+LOOKUPS = ("id", "component", "query")
+
+
+def lineage_path(part: int) -> str:
+    """The lineage of the images of one part."""
+    return f"lineage/parts/{part:06d}.parquet"
+
+
+def lookup_folder(lookup: str) -> str:
+    """The tables of one of LOOKUPS."""
+    return f"lineage/by_{lookup}"
+
+
+def id_prefix(hexadecimal: str) -> int:
+    """The key of an id in LOOKUP: its first 16 hexadecimal digits as a number."""
+    return int(hexadecimal[:16], 16)
 
 
 def vectors(semantic_dim: int, copy_dim: int) -> pa.Schema:

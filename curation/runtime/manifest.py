@@ -29,6 +29,11 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def embedded_name(part: str, embedding: str) -> str:
+    """The content address of embed's tables of a part: its fingerprint and that of the models."""
+    return fingerprint(part, embedding)[:24]
+
+
 def read_report(store: Store, stage: str) -> StageReport | None:
     """The marker of a completed stage, or None."""
     path = f"{stage}/done.json"

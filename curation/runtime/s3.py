@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -190,6 +190,25 @@ class S3Store:
                     if not item["Key"].endswith("/"):
                         etag = str(item["ETag"]).strip('"')
                         yield Entry(item["Key"][cut:], int(item["Size"]), etag)
+
+    def folders(self, path: str = "") -> Sequence[str]:
+        """The names of the folders directly in `path`, sorted."""
+        start = self._key(path)
+        start = f"{start}/" if start else ""
+        with self._errors(path):
+            pages = self.client.get_paginator("list_objects_v2").paginate(
+                Bucket=self.bucket, Prefix=start, Delimiter="/"
+            )
+            found = [one["Prefix"] for page in pages for one in page.get("CommonPrefixes", [])]
+        return sorted(prefix[len(start) : -1] for prefix in found)
+
+    def link(self, path: str, seconds: int) -> str | None:
+        """A URL that lets whoever has it read `path` for some seconds."""
+        with self._errors(path):
+            where = {"Bucket": self.bucket, "Key": self._key(path)}
+            return str(
+                self.client.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)
+            )
 
 
 class _RangeReader(io.RawIOBase):

@@ -56,6 +56,8 @@ class Store(Protocol):
     def append(self, path: str, data: bytes) -> None: ...
     def delete(self, path: str) -> None: ...
     def list(self, prefix: str = "") -> Iterator[Entry]: ...
+    def folders(self, path: str = "") -> Sequence[str]: ...
+    def link(self, path: str, seconds: int) -> str | None: ...
     def locate(self, path: str) -> str: ...
 
 
@@ -188,6 +190,18 @@ class FileStore:
         """
         if os.path.isdir(self.root / prefix):
             yield from self._walk(prefix, ())
+
+    def folders(self, path: str = "") -> Sequence[str]:
+        """The names of the folders directly in `path`, sorted; none if it can't be read."""
+        try:
+            with os.scandir(self.root / path) as entries:
+                return sorted(entry.name for entry in entries if entry.is_dir())
+        except OSError:
+            return []
+
+    def link(self, path: str, seconds: int) -> str | None:  # noqa: ARG002 (S3 has links)
+        """A folder has no links that others could follow."""
+        return None
 
     def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
         try:

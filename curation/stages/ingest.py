@@ -30,10 +30,9 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
 from curation.runtime.store import Entry, Store, StoreError, open_store, split_uri
-from curation.schema import PARTS
+from curation.schema import PARTS, PARTS_TABLE
 from curation.stages import fetch
 from curation.stages.members import Row, merge, write_groups, write_members
-from curation.stages.tables import PARTS_TABLE
 
 FOOTER_READERS = 16
 TYPICAL_BYTES = 50_000  # of one image in an archive

@@ -11,7 +11,8 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
-from curation.schema import LINEAGE
+from curation.schema import LINEAGE, lineage_path
+from curation.stages.lookups import write_lookups
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
 from curation.stages.shards import PLACEMENT_TABLE
 from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
@@ -36,22 +37,18 @@ def run(
     have = {entry.path for entry in store.list("lineage/parts")}
     items = [Item(part.name(), part.rows, part) for part in parts]
     worker = partial(LineageWorker, cfg, store.uri)
-    result = map_parts(
-        Work("lineage", items, lambda i: lineage_path(i.payload) in have, worker), executor, events
-    )
+    work = Work("lineage", items, lambda i: lineage_path(i.payload.part) in have, worker)
+    result = map_parts(work, executor, events)
     require_all(result, "lineage")
+    write_lookups(store, parts, executor, events)
     counts: dict[str, dict[str, int]] = {}
     for part in parts:
-        column = read_table(store, lineage_path(part), ["decision"])["decision"]
+        column = read_table(store, lineage_path(part.part), ["decision"])["decision"]
         role = counts.setdefault(part.role, dict.fromkeys(DECISIONS, 0))
         for row in column.value_counts().to_pylist():
             role[row["values"]] += row["counts"]
     found = {"decisions": counts, "computed": result.computed, "reused": result.reused}
     return finish(store, StageReport("lineage", stage_fingerprint, found, elapsed()))
-
-
-def lineage_path(part: Part) -> str:
-    return f"lineage/parts/{part.part:06d}.parquet"
 
 
 class LineageWorker:
@@ -90,7 +87,7 @@ class LineageWorker:
                     **{name: image[name] for name in ("uri", "key", "width", "height", "bytes")},
                 }
             )
-        write_table(store, lineage_path(part), pa.Table.from_pylist(rows, schema=LINEAGE))
+        write_table(store, lineage_path(part.part), pa.Table.from_pylist(rows, schema=LINEAGE))
         return {"images": len(rows)}
 
 

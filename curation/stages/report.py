@@ -15,13 +15,13 @@ from curation.images.decode import Limits
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish, read_report
+from curation.runtime.readable import readable_bytes, readable_seconds
 from curation.runtime.store import Store
+from curation.schema import REPORT_HTML, REPORT_JSON
 from curation.stages import report_examples as examples
 from curation.stages import report_facts as facts
 from curation.stages.tables import Embedded, read_parts
 
-REPORT_JSON = "report/report.json"
-REPORT_HTML = "report/report.html"
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage")
 
 
@@ -122,23 +122,3 @@ def render(found: dict[str, Any], thumbnails: dict[int, str]) -> str:
     pages.filters |= {"count": "{:,}".format, "cosine": "{:.3f}".format}
     pages.filters |= {"size": readable_bytes, "time": readable_seconds}
     return pages.get_template("report.html.j2").render(**found, thumbnails=thumbnails)
-
-
-def readable_bytes(count: int) -> str:
-    """`41.1 MB`."""
-    value, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
-
-
-def readable_seconds(seconds: float) -> str:
-    """`1.7 s`, `9 min 20 s`, `3 h 12 min`."""
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60:,} h {minutes % 60} min"

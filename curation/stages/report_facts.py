@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.images.encoders import DEMO_MODEL
+from curation.runtime.status import stage_images
 from curation.runtime.store import Store, read_table
 from curation.stages.cluster import assignments_path
 from curation.stages.retrieve import SELECTED_TABLE
@@ -228,19 +229,13 @@ def searches(stages: dict[str, Any]) -> list[dict[str, Any]]:
 
 def timings(stages: dict[str, Any]) -> list[dict[str, Any]]:
     """Seconds and images a second by stage; no rate where an earlier session did a part of it."""
-    dedup = sum(stages["dedup"][name] for name in ("kept", "duplicate", "near_holdout"))
-    images = {
-        **{name: stages[name]["images"] for name in ("ingest", "embed", "cluster", "shards")},
-        "dedup": dedup,
-        "retrieve": stages["retrieve"]["selected"],
-        "lineage": stages["ingest"]["images"],
-    }
     rows = []
     for name, work in WORK.items():
         seconds = stages[name]["seconds"]
         whole = seconds and not stages[name].get("reused")
-        rate = round(images[name] / seconds, 1) if whole else None
-        row = {"stage": name, "seconds": seconds, "images": images[name], "work": work}
+        images = stage_images(name, stages[name], stages["ingest"]["images"])
+        rate = round(images / seconds, 1) if whole else None
+        row = {"stage": name, "seconds": seconds, "images": images, "work": work}
         rows.append({**row, "images_per_s": rate})
     return rows
 

@@ -29,7 +29,7 @@ from curation.runtime.store import (
     read_table,
     write_table,
 )
-from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SPOOL_INDEX
+from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SHARDS_MANIFEST, SPOOL_INDEX
 from curation.stages.modes import id_words
 from curation.stages.retrieve import SELECTED_TABLE
 from curation.stages.tables import (
@@ -44,7 +44,6 @@ from curation.stages.tables import (
 
 PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
 OPEN_ARCHIVES = 64
-MANIFEST = "shards/manifest.json"
 PLACEMENT_TABLE = "shards/placement.parquet"
 
 
@@ -81,7 +80,7 @@ def run(
     )
     require_all(result, "shards")
     manifest = _manifest(cfg, shards, store)
-    store.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
     for folder in ("spool", "plan"):
         for entry in list(store.list(f"shards/{folder}")):
             store.delete(entry.path)

@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from curation.runtime.manifest import fingerprint
+from curation.runtime.manifest import embedded_name
 from curation.runtime.store import Store, open_store, read_table
+from curation.schema import PARTS_TABLE
 
-PARTS_TABLE = "ingest/parts.parquet"
 EXACT_TABLE = "embed/exact.parquet"
 
 
@@ -43,11 +43,6 @@ def read_parts(store: Store, *roles: str) -> list[Part]:
     return [Part(**row) for row in rows if not roles or row["role"] in roles]
 
 
-def embedded_name(part: Part, embedding: str) -> str:
-    """The content address of a part's embed tables: the same images by the same models."""
-    return fingerprint(part.fingerprint, embedding)[:24]
-
-
 @dataclass(frozen=True)
 class Embedded:
     """Access to the embed stage's tables for one embedding (models and limits)."""
@@ -55,10 +50,10 @@ class Embedded:
     embedding: str
 
     def images_path(self, part: Part) -> str:
-        return f"embed/images/{embedded_name(part, self.embedding)}.parquet"
+        return f"embed/images/{embedded_name(part.fingerprint, self.embedding)}.parquet"
 
     def vectors_path(self, part: Part) -> str:
-        return f"embed/vectors/{embedded_name(part, self.embedding)}.parquet"
+        return f"embed/vectors/{embedded_name(part.fingerprint, self.embedding)}.parquet"
 
     def vectors(
         self, store: Store, part: Part, column: str

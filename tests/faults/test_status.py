@@ -14,8 +14,8 @@ from finished import final_files
 from workbench import Project, write_pictures
 
 from curation.cli import main
-from curation.queries import stage_status
 from curation.runtime.events import Events
+from curation.runtime.status import stage_status
 from curation.runtime.store import FileStore
 
 # `curate` with an embed stage that lasts until it is told to go on.

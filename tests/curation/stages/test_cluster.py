@@ -18,7 +18,7 @@ from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor, MakeWorker, Outcome
 from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import FileStore, Store, StoreError, read_table, write_table
-from curation.schema import DECISIONS, PARTS, vectors
+from curation.schema import DECISIONS, PARTS, PARTS_TABLE, vectors
 from curation.stages import centroids, cluster, cluster_sample
 from curation.stages.cluster_tables import (
     CENTROIDS_TABLE,
@@ -27,7 +27,7 @@ from curation.stages.cluster_tables import (
     read_centroids,
     read_objective,
 )
-from curation.stages.tables import PARTS_TABLE, Embedded, Part, decisions_path, read_parts
+from curation.stages.tables import Embedded, Part, decisions_path, read_parts
 
 DIM = 16
 CONFIG = ClusterConfig(

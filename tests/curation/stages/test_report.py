@@ -24,7 +24,6 @@ from curation.runtime.executor import InProcessExecutor
 from curation.runtime.manifest import read_report
 from curation.runtime.store import open_store
 from curation.stages import report
-from curation.stages.report import readable_bytes, readable_seconds
 from curation.stages.report_examples import THUMBNAIL_BYTES, thumbnail
 from curation.stages.report_facts import binned, histogram, median
 
@@ -290,27 +289,6 @@ def test_histograms_keep_every_value() -> None:
     assert narrow is not None
     assert (narrow["low"], narrow["counts"]) == (0.8, [0] * 9 + [1])
     assert histogram(np.zeros(100, np.int64)) is None
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 bytes"), (999, "999 bytes"), (41_123_840, "41.1 MB")]
-)
-def test_bytes_are_readable(count: int, text: str) -> None:
-    assert readable_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.03, "0.0 s"),
-        (59.94, "59.9 s"),
-        (59.96, "1 min 0 s"),
-        (560.45, "9 min 20 s"),
-        (11_520, "3 h 12 min"),
-    ],
-)
-def test_seconds_are_readable(seconds: float, text: str) -> None:
-    assert readable_seconds(seconds) == text
 
 
 @pytest.fixture(scope="module")

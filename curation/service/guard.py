@@ -1,0 +1,154 @@
+"""Around every request: limits of size and time, where it comes from, headers, and its metrics."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from curation.service.auth import LOOPBACK
+from curation.service.metrics import Requests
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+BODY_BYTES = 256 << 10
+UPLOAD_BYTES = 20 << 20
+BODY_S = 30.0
+BODIES_AT_ONCE = 8  # bodies are held in memory until they are whole
+
+HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self';"
+        " connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+class Refusal(Exception):
+    """A request that is answered here: status and one line for people."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Guard:
+    """ASGI middleware. `open_to_all`: without tokens, so that only loopback names are served."""
+
+    def __init__(self, app: App, requests: Requests, open_to_all: bool) -> None:
+        self._app, self._requests, self._open = app, requests, open_to_all
+        self._bodies = asyncio.Semaphore(BODIES_AT_ONCE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                have = {name.lower() for name, _ in message["headers"]}
+                extra = [(n.encode(), v.encode()) for n, v in HEADERS.items()]
+                message["headers"] = [
+                    *message["headers"],
+                    *(pair for pair in extra if pair[0] not in have),
+                ]
+            await send(message)
+
+        try:
+            self._check_origin(scope)
+            async with self._bodies if _has_body(scope) else _nothing():
+                body = await self._body(scope, receive) if _has_body(scope) else b""
+                await self._app(scope, _replay(body, receive), answer)
+        except Refusal as refusal:
+            await _refuse(refusal, answer)
+        finally:
+            route = getattr(scope.get("route"), "path", "unmatched")
+            self._requests.seen(route, scope["method"], status, time.monotonic() - began)
+
+    def _check_origin(self, scope: Scope) -> None:
+        """No other site may post, nor reach a service without tokens under a name of its own."""
+        host = _header(scope, b"host")
+        if self._open and _name(host) not in LOOPBACK:
+            raise Refusal(421, "without tokens this service answers to localhost alone")
+        origin = _header(scope, b"origin")
+        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+            raise Refusal(403, "requests from other sites are not accepted")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, if it is small enough and comes in time."""
+        limit = UPLOAD_BYTES if scope["path"].endswith("/search") else BODY_BYTES
+        declared = _header(scope, b"content-length")
+        if declared.isdigit() and int(declared) > limit:
+            raise Refusal(413, f"at most {limit:,} bytes are accepted here")
+        chunks, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refusal(400, "the request broke off")
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > limit:
+                        raise Refusal(413, f"at most {limit:,} bytes are accepted here")
+                    if not message.get("more_body"):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise Refusal(408, f"the request did not come in {BODY_S:g} s") from None
+
+
+class _nothing:
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *error: object) -> None: ...
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"])
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((v.decode("latin-1") for n, v in scope["headers"] if n == name), "")
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the body that was read, then what comes after it (the disconnect)."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def _refuse(refusal: Refusal, send: Send) -> None:
+    data = json.dumps({"error": str(refusal)}).encode()
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers.append((b"content-length", str(len(data)).encode()))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": data})

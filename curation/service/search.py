@@ -1,0 +1,93 @@
+"""An uploaded image's nearest in a run: every vector is read once, a part at a time."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from curation.runtime.manifest import embedded_name
+from curation.runtime.store import read_table
+from curation.schema import PARTS_TABLE
+from curation.service import models
+from curation.service.lineage import LineageReader
+from curation.service.runs import Run
+
+SEARCH_S = 10.0
+AT_ONCE = 2
+COLUMNS = ["part", "base", "fingerprint"]
+
+Vector = npt.NDArray[np.float32]
+# (the run's recipe as YAML, the image's bytes) -> unit row (D,). Raises BadUpload.
+Embed = Callable[[str, bytes], Vector]
+
+
+class BadUpload(Exception):
+    """An upload that is no image that can be searched for: says why."""
+
+
+class Busy(Exception):
+    """Too many searches at once."""
+
+
+class Searcher:
+    """Exact search within a budget of time; memory is one part's vectors."""
+
+    def __init__(self, lineage: LineageReader, embed: Embed) -> None:
+        self._lineage, self._embed = lineage, embed
+        self._turns = threading.BoundedSemaphore(AT_ONCE)
+
+    def nearest(self, run: Run, data: bytes, k: int) -> models.SearchAnswer:
+        """The `k` nearest by the run's encoder. Raises BadUpload, Busy or NotThere."""
+        run.report("lineage")
+        if not self._turns.acquire(timeout=SEARCH_S):
+            raise Busy("other searches are running; try again in a moment")
+        try:
+            return self._search(run, self._embed(run.recipe(), data), k)
+        finally:
+            self._turns.release()
+
+    def _search(self, run: Run, query: Vector, k: int) -> models.SearchAnswer:
+        counts = run.report("embed").counts
+        embedding = counts["embedding"]
+        images = int(counts["images"] - counts["rejected"])
+        parts = read_table(run.store, PARTS_TABLE, COLUMNS)
+        best_cosine, best_image = np.zeros(0, np.float32), np.zeros(0, np.int64)
+        until, searched, complete = time.monotonic() + SEARCH_S, 0, True
+        for base, fingerprint in zip(
+            parts["base"].to_pylist(), parts["fingerprint"].to_pylist(), strict=True
+        ):
+            if time.monotonic() > until:
+                complete = False
+                break
+            path = f"embed/vectors/{embedded_name(fingerprint, embedding)}.parquet"
+            table = read_table(run.store, path, ["row", "semantic"])
+            rows = _rows(table, len(query))
+            searched += len(rows)
+            cosine = np.r_[best_cosine, rows @ query]
+            image = np.r_[best_image, base + table["row"].to_numpy().astype(np.int64)]
+            top = np.lexsort((image, -cosine))[:k]
+            best_cosine, best_image = cosine[top], image[top]
+        found = self._lineage.rows(run, best_image.tolist())
+        hits = [
+            models.Hit(cosine=round(float(c), 4), image=row)
+            for c, row in zip(best_cosine, found, strict=True)
+        ]
+        return models.SearchAnswer(hits=hits, searched=searched, images=images, complete=complete)
+
+
+def _rows(table: pa.Table, dim: int) -> Vector:
+    """Unit rows (n, D) of a part's vectors."""
+    chunks = table["semantic"].chunks
+    blocks = [
+        np.frombuffer(chunk.buffers()[1], np.float16)[
+            chunk.offset * dim : (chunk.offset + len(chunk)) * dim
+        ]
+        for chunk in chunks
+        if len(chunk)
+    ]
+    if not blocks:
+        return np.zeros((0, dim), np.float32)
+    return np.concatenate(blocks).reshape(-1, dim).astype(np.float32)

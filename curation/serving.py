@@ -1,0 +1,117 @@
+"""`curate serve`: lends the service what lies above it, the encoders and the recipe."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from curation.images.decode import BadImage, Limits, decode
+from curation.images.encoders import EncoderError, VectorModel, load_semantic
+from curation.pipeline import embed_config
+from curation.recipe import RecipeError, location, parse
+from curation.runtime.executor import one_thread
+from curation.runtime.store import StoreError, read_uri
+from curation.service.app import create_app
+from curation.service.auth import ServiceError, read_tokens, require_safe
+from curation.service.jobs import BadRecipe
+from curation.service.readers import ServiceConfig
+from curation.service.runs import NotThere
+from curation.service.search import BadUpload, Vector
+from curation.service.server import Server, bind
+
+LOCALHOST = "127.0.0.1"
+PORT = 8000
+MODELS = 2  # encoders kept for searches
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `curate serve` is given."""
+
+    runs: str
+    host: str = LOCALHOST
+    port: int = PORT
+    tokens: str | None = None
+    ray_dashboard: str | None = None
+
+
+def serve(options: ServeOptions) -> None:
+    """Answers until it is interrupted. Raises ServiceError or StoreError before it begins."""
+    one_thread()
+    _ready(options).run()
+
+
+@contextlib.contextmanager
+def beside(run: str, port: int) -> Iterator[None]:
+    """Serves one run on this machine while the block runs."""
+    server = _ready(ServeOptions(run, port=port))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.stop()
+        thread.join()
+
+
+def _ready(options: ServeOptions) -> Server:
+    tokens = read_tokens(options.tokens)
+    require_safe(options.host, tokens)
+    if "://" not in options.runs and not Path(options.runs).expanduser().is_dir():
+        raise ServiceError(f"{options.runs}: no such folder; give the one that holds your runs")
+    config = ServiceConfig(options.runs, embed, check_recipe, tokens, options.ray_dashboard)
+    app = create_app(config)
+    app.state.service.catalog.all()  # a wrong bucket is told now, not by the first request
+    try:
+        taken = bind(options.host, options.port)
+    except OSError as error:
+        raise ServiceError(
+            f"--port {options.port}: {error.strerror}; --port 0 takes one that is free"
+        ) from None
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"serving {options.runs} on http://{host}:{taken.getsockname()[1]}", flush=True)
+    return Server(app, taken)
+
+
+def embed(recipe: str, data: bytes) -> Vector:
+    """An image's vector (D,) by the encoder of a run's recipe. Raises BadUpload or NotThere."""
+    try:
+        model, limits = _model(recipe)
+    except (RecipeError, EncoderError, StoreError) as error:
+        raise NotThere(f"the run's encoder can't be loaded here: {error}") from None
+    try:
+        pixels = decode(data, limits).pixels
+    except BadImage as error:
+        raise BadUpload(f"the upload can't be used: {error}") from None
+    row: Vector = model(np.stack([model.prepare(pixels)]))[0]
+    return row
+
+
+@functools.lru_cache(MODELS)
+def _model(recipe: str) -> tuple[VectorModel, Limits]:
+    cfg = embed_config(parse(recipe, "recipe.yaml", []))
+    weights = None if cfg.weights in ("hub", "builtin") else read_uri(cfg.weights)
+    return load_semantic(cfg.model, weights, cfg.precision), cfg.limits
+
+
+def check_recipe(text: str, root: str) -> str:
+    """A submitted recipe's output, which must lie below `root`. Raises BadRecipe."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise BadRecipe("recipe: anchors and aliases (&, *) are not accepted here")
+        recipe = parse(text, "recipe", [])
+    except (RecipeError, yaml.YAMLError, RecursionError) as error:
+        raise BadRecipe(" ".join(str(error).split())) from None
+    root, output = location(root), location(recipe.output)
+    if (
+        not recipe.output.startswith(("/", "s3://"))
+        or not output.startswith(root)
+        or output == root
+    ):
+        raise BadRecipe(f"output: {recipe.output}: it must lie below {root}, to be shown here")
+    return recipe.output
