@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from curation import pipeline, queries, starter
+from curation import composition, pipeline, queries, starter
 from curation.images.encoders import EncoderError
 from curation.progress import Bars
 from curation.recipe import Recipe, RecipeError, load, parse
@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_ray(run)
 
+    plan = add("plan", _plan, "what a recipe will take, before it runs: images set by set")
+    plan.add_argument("recipe")
+    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+
     retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
     retry.add_argument("run")
     _add_ray(retry)
@@ -106,6 +110,12 @@ def _run(options: argparse.Namespace) -> None:
         queries.print_funnel(store)
     else:
         print(f"done until {reports[-1].stage}; curate status {recipe.output}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load(options.recipe, options.overrides)
+    found = composition.sizes(recipe, pipeline.ingest_config(recipe).sources)
+    composition.print_shares(composition.shares(recipe, found), found)
 
 
 def _retry(options: argparse.Namespace) -> None:

@@ -37,10 +37,14 @@ Uri = Annotated[str, AfterValidator(_uri)]
 
 
 class Source(Model):
-    """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri."""
+    """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri.
+
+    `images` is how many are expected there: what `curate plan` counts on instead of listing them.
+    """
 
     uri: Uri
     format: Literal["folder", "webdataset", "parquet"] | None = None
+    images: int | None = Field(None, ge=1)
 
 
 class CuratedSource(Source):
@@ -91,11 +95,14 @@ class Images(Model):
 
 
 class Encoder(Model):
-    """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in."""
+    """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in.
+
+    `fp16` is for GPUs without bf16 (V100, T4).
+    """
 
     model: str = "vit_base_patch16_224.augreg_in21k"
     weights: str = "hub"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch: int = Field(16, ge=1)
 
 
