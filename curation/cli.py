@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from curation import pipeline, queries, serving, starter
+from curation import composition, pipeline, queries, serving, starter
 from curation.images.encoders import EncoderError
 from curation.progress import Bars
 from curation.recipe import Recipe, RecipeError, load, parse
@@ -74,6 +74,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"show the run at http://localhost:PORT while it goes on (default {serving.PORT})",
     )
 
+    plan = add("plan", _plan, "what a recipe will take, before it runs: images set by set")
+    plan.add_argument("recipe")
+    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+
     retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
     retry.add_argument("run")
     _add_ray(retry)
@@ -127,6 +131,12 @@ def _run(options: argparse.Namespace) -> None:
         queries.print_funnel(store)
     else:
         print(f"done until {reports[-1].stage}; curate status {recipe.output}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    recipe = load(options.recipe, options.overrides)
+    found = composition.sizes(recipe, pipeline.ingest_config(recipe).sources)
+    composition.print_shares(composition.shares(recipe, found), found)
 
 
 def _retry(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from curation.images.decode import Limits
 from curation.images.encoders import DEMO_MODEL, builtin_digest, copy_thresholds
 from curation.recipe import Recipe, RecipeError, Source, dump
+from curation.recipe_modes import ClusterDraw
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, one_thread
 from curation.runtime.manifest import (
@@ -235,6 +236,10 @@ def _weights_version(field: str, weights: str, kind: str, model: str) -> str:
         raise RecipeError(f"{field}: {error}; give a file, an s3:// uri or leave it out") from None
 
 
+def _draw_config(draw: ClusterDraw) -> modes.ClusterDrawConfig:
+    return modes.ClusterDrawConfig(**draw.model_dump(exclude={"expected_clusters"}))
+
+
 def _sets(recipe: Recipe) -> tuple[modes.SetConfig, ...]:
     sets = []
     for name, source in recipe.sources.curated.items():
@@ -245,7 +250,7 @@ def _sets(recipe: Recipe) -> tuple[modes.SetConfig, ...]:
                 name=name,
                 as_is=source.as_is,
                 sample=modes.SampleConfig(**sample.model_dump()) if sample else None,
-                cluster=modes.ClusterDrawConfig(**draw.model_dump()) if draw else None,
+                cluster=_draw_config(draw) if draw else None,
                 hierarchical=modes.HierarchicalConfig(counts, above.target_size) if above else None,
             )
         )

@@ -66,10 +66,12 @@ class Source(Model):
     """Images at one place. Brace ranges (`{000..123}.tar`) are allowed in the uri.
 
     `format: urls` takes text, CSV and Parquet files there for lists of URLs, and fetches those.
+    `images` is how many are expected there: what `curate plan` counts on instead of listing them.
     """
 
     uri: Uri
     format: Literal["folder", "webdataset", "parquet", "urls"] | None = None
+    images: int | None = Field(None, ge=1)
 
 
 class CuratedSource(Source):
@@ -139,11 +141,14 @@ class Fetch(Model):
 
 
 class Encoder(Model):
-    """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in."""
+    """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in.
+
+    `fp16` is for GPUs without bf16 (V100, T4).
+    """
 
     model: str = "vit_base_patch16_224.augreg_in21k"
     weights: str = "hub"
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch: int = Field(16, ge=1)
 
 

@@ -50,11 +50,16 @@ class Sample(Model):
 
 
 class ClusterDraw(Model):
-    """Random draws from each cluster that holds at least `min_queries` images of the set."""
+    """Random draws from each cluster that holds at least `min_queries` images of the set.
+
+    `expected_clusters` is how many are thought to hold so many, for `curate plan` alone: a run
+    counts them.
+    """
 
     per_cluster: int = Field(10_000, ge=1)
     min_queries: int = Field(4, ge=1)
     cap: int = Field(1_000_000, ge=1)
+    expected_clusters: int | None = Field(None, ge=0)
 
 
 def _levels(value: Any) -> Any:

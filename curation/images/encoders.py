@@ -26,6 +26,7 @@ BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descripto
 SSCD_THRESHOLDS = {"min_cosine": 0.6, "holdout_min_cosine": 0.45}
 SSCD_SIDE = 320  # SSCD's own choice for batches: the image squashed to 320 x 320
 SHORT_SIDE_RATIO = 256 / 224  # resize to 256, centre crop of 224: DINOv2's evaluation transform
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Pixels = npt.NDArray[np.uint8]
@@ -67,7 +68,7 @@ class VectorModel:
     def __init__(self, name: str, net: nn.Module, form: InputFormat, precision: str) -> None:
         self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.dtype = DTYPES[precision]
         self.net = net.to(self.device, self.dtype).eval()
         self.form = form
         self._mean = torch.tensor(form.mean, device=self.device).mul(255).view(1, 3, 1, 1)
