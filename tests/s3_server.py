@@ -87,17 +87,21 @@ def _wait_until_ready(port: int) -> None:
 
 @dataclass
 class Faults:
-    """Which share of requests fails, by what; and what happened."""
+    """Which share of requests fails; and what happened, by kind."""
 
     share: float
-    kinds: tuple[str, ...] = FAULTS
     rng: random.Random = field(default_factory=lambda: random.Random(0))
     done: Counter[str] = field(default_factory=Counter)
+    _turns: Counter[bool] = field(default_factory=Counter)
 
     def draw(self, method: str) -> str:
-        kind = self.rng.choice(self.kinds) if self.rng.random() < self.share else ""
-        if (kind == "truncated") != (method == "GET") and kind in ("truncated", "cut upload"):
-            kind = "reset"
+        """The fault of a request, or none; the kinds that its method can have take turns."""
+        reading = method in ("GET", "HEAD")
+        kinds = [k for k in FAULTS if k != ("cut upload" if reading else "truncated")]
+        kind = ""
+        if self.rng.random() < self.share:
+            turn = self._turns[reading]
+            kind, self._turns[reading] = kinds[turn % len(kinds)], turn + 1
         self.done[kind] += 1
         return kind
 

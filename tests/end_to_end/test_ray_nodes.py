@@ -35,10 +35,10 @@ class Nodes:
         if not self._started:
             where = ["--head", f"--port={port}", f"--temp-dir={self._scratch}"]
             where += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
+        ray = str(Path(sys.executable).parent / "ray")
+        where += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
         node = subprocess.Popen(
-            [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--num-cpus={CPUS}"]
-            + ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
-            + where,
+            [ray, "start", "--block", f"--num-cpus={CPUS}", *where],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

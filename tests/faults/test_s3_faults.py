@@ -17,6 +17,12 @@ from s3_server import BUCKET, FAULTS, KEY, SECRET, Faults, proxy, seaweed, use
 from workbench import Project
 
 import curation.runtime.s3
+import pretrain.cli
+import pretrain.storage
+from curation.runtime.s3 import S3Store
+from curation.runtime.store import StoreError
+from pretrain.errors import UserError
+from pretrain.storage import S3Storage
 
 RUN = "runs/a"
 SOURCES = ("pool", "curated", "holdout")
@@ -33,7 +39,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 @pytest.fixture
 def faults(store: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     """None until the test sets their share; clients here reach the store through them."""
-    monkeypatch.setattr(curation.runtime.s3, "READ_TIMEOUT_S", 2)
+    for module in (curation.runtime.s3, pretrain.storage):
+        monkeypatch.setattr(module, "READ_TIMEOUT_S", 2)
     made = Faults(0.0)
     with proxy(store, made) as port:
         use(monkeypatch, port)
@@ -156,3 +163,81 @@ def test_a_run_on_s3_is_the_local_one_whatever_fails(
     shards = {name: data for name, data in local.items() if name.startswith("shards/0")}
     assert len(shards) >= 2
     assert shards == {name: whole.get(name) for name in shards}
+
+
+TINY = """
+model: {patch_size: 8, width: 48, depth: 1, heads: 3, image_size: 32}
+objective:
+  dino_head: {prototypes: 64, hidden: 64, bottleneck: 32}
+  ibot_head: null
+crops: {global_size: 32, local_size: 16, local_crops: 2}
+schedule: {iterations: 4, batch: 8, warmup: 1, last_layer_freeze: 1}
+data: {workers: 0}
+parallel: {precision: fp32}
+watch: {log_every: 1, checkpoint_every: 0}
+"""
+
+
+def test_training_from_s3_is_training_from_a_folder_whatever_fails(
+    project: Callable[..., Project], store: int, faults: Faults, tmp_path: Path
+) -> None:
+    work = project(pool=range(24))
+    assert work.run() == 0
+    shards, config = work.run_folder / "shards", tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    Bucket(store).upload(shards, "shards")
+
+    def losses(where: str, out: Path) -> list[dict[str, float]]:
+        given = ["train", "--config", str(config), "--shards", where, "--out", str(out)]
+        assert pretrain.cli.main(given) == 0
+        told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if "loss" in k or "norm" in k} for line in told]
+
+    expected = losses(str(shards), tmp_path / "local")
+    assert len(expected) == 4
+    assert "loss" in expected[0]
+    faults.share = 0.3
+    assert losses(f"s3://{BUCKET}/shards", tmp_path / "remote") == expected
+    assert all(faults.done[kind] for kind in FAULTS if kind != "cut upload"), faults.done
+
+
+def test_a_store_says_what_is_wrong_with_keys_and_buckets(
+    faults: Faults, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(StoreError, match=r"^s3://nowhere/x: bucket 'nowhere' does not exist$"):
+        S3Store("s3://nowhere").read("x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="the secret key is wrong; check AWS_SECRET_ACCESS_KEY"):
+        S3Store(f"s3://{BUCKET}").read("x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(StoreError, match="the access key is not known; check AWS_ACCESS_KEY_ID"):
+        S3Store(f"s3://{BUCKET}").read("x")
+
+
+@pytest.mark.parametrize("kind", [S3Store, S3Storage])
+def test_keys_that_are_written_anew_are_used(
+    kind: type[S3Store] | type[S3Storage],
+    store: int,
+    faults: Faults,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As agents do that renew keys in ~/.aws/credentials, while a run goes on."""
+    (tmp_path / "x").write_bytes(b"data")
+    Bucket(store).upload(tmp_path, "keys")
+    keys = tmp_path / "credentials"
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(variable)
+
+    def write(secret: str) -> None:
+        keys.write_text(f"[default]\naws_access_key_id={KEY}\naws_secret_access_key={secret}\n")
+
+    write(SECRET)
+    one = kind(f"s3://{BUCKET}/keys")
+    assert one.read("x") == b"data"
+    write("no-longer")
+    with pytest.raises((StoreError, UserError), match="the secret key is wrong"):
+        one.read("x")
+    write(SECRET)
+    assert one.read("x") == b"data"
