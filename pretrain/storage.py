@@ -8,7 +8,9 @@ import contextlib
 import errno
 import io
 import os
+import random
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,9 @@ from pretrain.errors import UserError
 
 OPEN_FILES = 128  # local ones; far below the usual limit of 1,024 a process
 STREAM_BYTES = 8 << 20  # of one request when a whole object is read in order
-BODY_ATTEMPTS = 3  # for a body that breaks off: botocore's own retries end with the headers
+READ_TIMEOUT_S = 60
+BODY_ATTEMPTS = 6  # for a body that breaks off: botocore's own retries end with the headers
+BODY_WAIT_S = 0.1  # before the second attempt, twice as long before each later one
 
 
 def open_storage(uri: str) -> "LocalStorage | S3Storage":
@@ -123,7 +127,7 @@ class S3Storage:
             raise UserError(f"{uri}: no bucket named; write s3://bucket/prefix")
         self.uri = uri.rstrip("/")
         self._bucket, self._prefix = bucket, prefix.strip("/")
-        self._clients: dict[tuple[int, int], Any] = {}
+        self._clients: dict[int, tuple[tuple[int, ...], Any]] = {}  # by attempts
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -153,11 +157,12 @@ class S3Storage:
             where["Range"] = f"bytes={offset}-{offset + length - 1}"
         with self._errors(name):
             client = self._client(attempts=9)
-            for _ in range(BODY_ATTEMPTS - 1):
+            for attempt in range(BODY_ATTEMPTS - 1):
                 with contextlib.suppress(
                     IncompleteReadError, ReadTimeoutError, ResponseStreamingError
                 ):
                     return bytes(client.get_object(**where)["Body"].read())
+                time.sleep(BODY_WAIT_S * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
             return bytes(client.get_object(**where)["Body"].read())
 
     def open(self, name: str) -> BinaryIO:
@@ -171,24 +176,16 @@ class S3Storage:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _client(self, attempts: int) -> Any:
-        """One a process, since clients can't cross a fork. Few attempts show a wrong setting soon,
-        many outlast a fault in the middle of a run."""
+        """One a process, since clients can't cross a fork, and a new one when the files that keys
+        come from are written anew. Few attempts show a wrong setting soon, many outlast a fault in
+        the middle of a run."""
+        now = (os.getpid(), *_credentials_written())
         with self._lock:
-            if (os.getpid(), attempts) not in self._clients:
-                import boto3
-                from botocore.config import Config
-
-                retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
-                config = Config(
-                    retries=retries,
-                    connect_timeout=5,
-                    read_timeout=60,
-                    max_pool_connections=32,
-                    response_checksum_validation="when_required",
-                )
-                client = boto3.Session().client("s3", config=config)
-                self._clients[os.getpid(), attempts] = client
-            return self._clients[os.getpid(), attempts]
+            made_of, client = self._clients.get(attempts, ((), None))
+            if made_of != now:
+                client = _connect(attempts)
+                self._clients[attempts] = now, client
+            return client
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -216,6 +213,34 @@ class S3Storage:
             "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
             "ExpiredToken": "the session token has expired; refresh the credentials",
         }.get(code)
+
+
+def _connect(attempts: int) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    retries: Any = {"total_max_attempts": attempts, "mode": "standard"}
+    config = Config(
+        retries=retries,
+        connect_timeout=5,
+        read_timeout=READ_TIMEOUT_S,
+        max_pool_connections=32,
+        response_checksum_validation="when_required",
+    )
+    return boto3.Session().client("s3", config=config)
+
+
+def _credentials_written() -> tuple[int, ...]:
+    """When the files that boto3 takes keys from were written; it reads them once."""
+    written = []
+    files = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
+    for variable, name in files.items():
+        try:
+            path = os.environ.get(variable) or f"~/.aws/{name}"
+            written.append(os.stat(os.path.expanduser(path)).st_mtime_ns)
+        except OSError:
+            written.append(0)
+    return tuple(written)
 
 
 class _Ranges(io.RawIOBase):

@@ -4,7 +4,9 @@ import contextlib
 import functools
 import io
 import os
+import random
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,14 +15,37 @@ from curation.runtime.store import Entry, StoreError, reason
 
 READ_AHEAD_BYTES = 1 << 20
 PART_BYTES = 16 << 20
-READ_ATTEMPTS = 3  # of a body that breaks off: botocore's own retries end with the headers
+READ_TIMEOUT_S = 60
+READ_ATTEMPTS = 6  # of a body that breaks off: botocore's own retries end with the headers
+READ_WAIT_S = 0.1  # before the second attempt, twice as long before each later one
 # Errors that no later request will heal: found by the first one, and told at once.
 FATAL = {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 
 
-@functools.cache
-def _client(bucket: str, process: tuple[int, frozenset[tuple[str, str]]]) -> Any:  # noqa: ARG001
-    """A patient client, one a `process` (its id and AWS_* settings): clients can't cross a fork.
+Settings = tuple[int, frozenset[tuple[str, str]], tuple[int, ...]]
+
+
+def _settings() -> Settings:
+    """What a client is made of: it can't cross a fork, and holds keys that a file gave it.
+
+    Roles and tokens that expire are renewed by boto3. Keys in a file are not: they are read again
+    when whoever keeps that file has written new ones.
+    """
+    files = {"AWS_SHARED_CREDENTIALS_FILE": "credentials", "AWS_CONFIG_FILE": "config"}
+    written = []
+    for variable, name in files.items():
+        try:
+            path = os.environ.get(variable) or f"~/.aws/{name}"
+            written.append(os.stat(os.path.expanduser(path)).st_mtime_ns)
+        except OSError:
+            written.append(0)
+    environment = frozenset((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
+    return os.getpid(), environment, tuple(written)
+
+
+@functools.lru_cache(maxsize=8)
+def _client(bucket: str, settings: Settings) -> Any:  # noqa: ARG001
+    """A patient client for `settings`.
 
     The first request is made by an impatient one: a wrong endpoint shows in seconds.
     """
@@ -33,7 +58,7 @@ def _client(bucket: str, process: tuple[int, frozenset[tuple[str, str]]]) -> Any
         config = Config(
             retries=retries,
             connect_timeout=connect_timeout,
-            read_timeout=60,
+            read_timeout=READ_TIMEOUT_S,
             max_pool_connections=32,
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -61,8 +86,7 @@ class S3Store:
     @property
     def client(self) -> Any:
         """Use it within `_errors`."""
-        settings = frozenset((k, v) for k, v in os.environ.items() if k.startswith("AWS_"))
-        return _client(self.bucket, (os.getpid(), settings))
+        return _client(self.bucket, _settings())
 
     def locate(self, path: str) -> str:
         return f"{self.uri}/{path}" if path else self.uri
@@ -138,11 +162,12 @@ class S3Store:
             extra["Range"] = f"bytes={start}-"
         where = {"Bucket": self.bucket, "Key": self._key(path), **extra}
         with self._errors(path):
-            for _ in range(READ_ATTEMPTS - 1):
+            for attempt in range(READ_ATTEMPTS - 1):
                 with contextlib.suppress(
                     IncompleteReadError, ReadTimeoutError, ResponseStreamingError
                 ):
                     return bytes(self.client.get_object(**where)["Body"].read())
+                time.sleep(READ_WAIT_S * 2**attempt * random.uniform(0.5, 1))  # noqa: S311
             return bytes(self.client.get_object(**where)["Body"].read())
 
     def open(self, path: str) -> BinaryIO:
