@@ -160,7 +160,16 @@ def _by_connections(site: str, about_s: float) -> int:
             rate = count / seconds
             mb, each = f"{rate * IMAGE_BYTES / 1e6:.0f}", f"{rate / connections:.1f}"
             share = f"{rate / ideal:.2f}" if latency_ms else ""
-            line = [latency_ms, connections, count, f"{rate:.0f}", mb, each, share, f"{cpu_ms:.2f}"]
+            line: list[object] = [
+                latency_ms,
+                connections,
+                count,
+                f"{rate:.0f}",
+                mb,
+                each,
+                share,
+                f"{cpu_ms:.2f}",
+            ]
             lines.append(line)
             if (latency_ms, connections) == (20, CONFIG.connections):
                 seconds, cpu_ms = plain(urls)

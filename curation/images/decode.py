@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from curation.images.structure import excess
+
 # The sizes are checked here, before decoding; Pillow's own limit would only add a second message.
 Image.MAX_IMAGE_PIXELS = None
 ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -82,6 +84,8 @@ def decode(data: bytes, limits: Limits) -> Decoded:
         raise BadImage("empty_file")
     if len(data) > limits.max_bytes:
         raise BadImage(f"too_large {len(data)} bytes, at most {limits.max_bytes}")
+    if many := excess(data):
+        raise BadImage(f"too_many_pieces more {many} than an image needs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd metadata that doesn't matter here
         image = _open(data)
