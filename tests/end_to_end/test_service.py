@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from served import Served, served
@@ -164,8 +165,10 @@ def test_the_story_of_a_kept_a_duplicate_and_a_rejected_image(
     curated = sorted((folder / "images" / "curated").iterdir())[0].name
     assert looked_up(browser, service, curated) == "selected"
     assert "What it brought as a query" in browser.page_source
-    copies = sorted((folder / "images" / "pool").glob("moon-*.copy-exact.jpg"))
-    assert looked_up(browser, service, copies[0].name) == "duplicate"
+    lineage = (folder / "runs" / "photographs" / "lineage" / "parts").glob("*.parquet")
+    rows = [row for path in lineage for row in pq.read_table(path).to_pylist()]
+    duplicate = next(row["key"] for row in rows if row["decision"] == "duplicate")
+    assert looked_up(browser, service, duplicate) == "duplicate"
     assert "Its duplicate group" in browser.page_source
     assert min(pictures(browser)) > 0
     browser.save_screenshot(tmp_path / "duplicate.png")
@@ -206,13 +209,14 @@ def test_it_fits_screens_large_and_small(
 
 
 def test_the_keyboard_reaches_everything_visibly(browser: Any, service: Served) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     show(browser, 1240, 900)
     browser.get(f"{service.url}/runs/photographs")
     reached = []
     for _ in range(20):
-        browser.switch_to.active_element.send_keys(Keys.TAB)
+        ActionChains(browser).send_keys(Keys.TAB).perform()
         at = browser.switch_to.active_element
         reached.append(at.text or at.get_attribute("id"))
         assert at.value_of_css_property("outline-style") != "none", reached
