@@ -57,6 +57,11 @@ def _rate(value: float | None) -> str:
     return f"{value:,.0f}/s" if value >= 10 else f"{value:.1f}/s"
 
 
+def _about(seconds: float) -> str:
+    """A time that is only estimated: no tenths."""
+    return readable_seconds(seconds) if seconds >= 60 else f"{seconds:.0f} s"
+
+
 def _environment() -> Environment:
     """Keys and metadata are hostile text: everything is escaped."""
     found = Environment(
@@ -67,7 +72,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     found.filters |= {"count": "{:,}".format, "cosine": "{:.3f}".format, "ago": _ago}
-    found.filters |= {"size": readable_bytes, "time": readable_seconds, "rate": _rate}
+    found.filters |= {
+        "size": readable_bytes,
+        "time": readable_seconds,
+        "rate": _rate,
+        "about": _about,
+    }
     return found
 
 

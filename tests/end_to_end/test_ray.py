@@ -19,12 +19,14 @@ from typing import Any
 import pytest
 from finished import counts, final_files
 from ray.cloudpickle import register_pickle_by_value
+from served import served
 from workbench import Project
 
 from curation.runtime.events import Events
 from curation.runtime.executor import Item, Work, map_parts
 from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import FileStore, StoreError
+from curation.service.client import Client
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]  # one Ray at a time
 ROOT = Path(__file__).resolve().parents[2]
@@ -280,3 +282,34 @@ def test_a_job_on_a_cluster(project: Callable[..., Project], cluster: str) -> No
     assert final_files(work.run_folder) == whole
     status = json.loads((work.run_folder / "status" / "embed.json").read_text())
     assert status["workers"] == 2  # the cluster's, not this machine's own
+
+
+def test_jobs_sent_through_the_service(project: Callable[..., Project], cluster: str) -> None:
+    """Submitted with a recipe, followed by its logs, cancelled; the result is the local run's."""
+    work = project(pool=range(100))
+    assert work.run() == 0
+    whole = final_files(work.run_folder)
+    shutil.rmtree(work.run_folder)
+    token = secrets.token_hex(16)
+    options = ("--ray-dashboard", cluster)
+    with (
+        served(work.folder, *options, LVD_SUBMIT_TOKENS=token) as service,
+        Client(service.url, token) as client,
+    ):
+        recipe = work.path.read_text()
+        job = client.submit(recipe).job
+        vectors = work.run_folder / "embed" / "vectors"
+        wait_for(lambda: list(vectors.glob("*.parquet")), 120)
+        assert client.job(job).state == "RUNNING"
+        assert client.job(job).output == str(work.run_folder)
+        assert client.cancel(job).job == job
+        wait_for(lambda: client.job(job).state == "STOPPED", 60)
+        assert not (work.run_folder / "lineage" / "done.json").exists()
+        again = client.submit(recipe).job
+        wait_for(lambda: client.job(again).ended, 300)
+        logs = client.job_logs(again)
+        assert client.job(again).state == "SUCCEEDED", logs
+        assert "pool images" in logs
+        assert client.run("run").state == "done"
+    assert final_files(work.run_folder) == whole
+    assert counts(work.run_folder, "embed")["reused"] > 0

@@ -145,9 +145,7 @@ def test_what_a_query_brought(client: Client, rows: list[dict[str, Any]]) -> Non
         assert expected
 
 
-def test_every_image_is_found_by_its_id_and_key(
-    client: Client, rows: list[dict[str, Any]]
-) -> None:
+def test_every_image_is_found_by_its_id_and_key(client: Client, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert row["image"] in {i.image for i in client.story("birds", row["id"]).images}
         assert row["image"] in {i.image for i in client.by_key("birds", row["key"]).images}
@@ -206,9 +204,7 @@ def test_events_are_followed_and_gone_on_with(http: httpx.Client, runs: Path) ->
     files = sorted((runs / "birds" / "events").glob("*.jsonl"))
     told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     seen, place = [], f"{files[0].name}:0"
-    with http.stream(
-        "GET", "/api/runs/birds/events", headers={"Last-Event-ID": place}
-    ) as answer:
+    with http.stream("GET", "/api/runs/birds/events", headers={"Last-Event-ID": place}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
         kind = ""
         for line in answer.iter_lines():

@@ -1,0 +1,226 @@
+"""A real run, the real service and a real browser: what a person sees from start to end."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from served import Served, served
+
+from demo import images
+
+pytestmark = pytest.mark.slow
+
+EVERY = 3  # of the demo's pool
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def until(browser: Any, script: str, wanted: Callable[[Any], bool], timeout_s: float = 240) -> Any:
+    """Asks the page until its answer is as wanted."""
+    end = time.monotonic() + timeout_s
+    while not wanted(value := browser.execute_script(f"return {script}")):
+        assert time.monotonic() < end, (script, value)
+        time.sleep(0.2)
+    return value
+
+
+def show(browser: Any, width: int, height: int, scheme: str = "light") -> None:
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+def pictures(browser: Any) -> list[int]:
+    """The widths of all pictures, once those on the screen have loaded."""
+    browser.execute_script(
+        "document.images.length && [...document.images].map(i=>i.loading='eager')"
+    )
+    until(browser, "[...document.images].every(image => image.complete)", bool, 60)
+    found: list[int] = browser.execute_script(
+        "return [...document.images].map(image => image.naturalWidth)"
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's sources, and a recipe of a third of its pool."""
+    folder = tmp_path_factory.mktemp("seen")
+    images.make(folder / "images")
+    pool = sorted((folder / "images" / "pool").iterdir())
+    for number, path in enumerate(pool):
+        if number % EVERY and "broken" not in path.name and ".copy" not in path.name:
+            path.unlink()
+    for number, path in enumerate(p for p in pool if ".copy" in p.name):
+        if number % EVERY:
+            path.unlink()
+    retrieve = ["as_is", {"sample": {"k": 4}}]
+    (folder / "runs").mkdir()
+    recipe = {
+        "name": "photographs",
+        "output": str(folder / "runs" / "photographs"),
+        "sources": {
+            "pool": [{"uri": str(folder / "images" / "pool")}],
+            "curated": {
+                "subjects": {"uri": str(folder / "images" / "curated"), "retrieve": retrieve}
+            },
+        },
+        "encoder": {"model": "lvd_demo"},
+        "cluster": {"k": 5},
+        "resources": {"part_images": 16},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Served]:
+    with served(folder / "runs") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "curation", "run", str(folder / "recipe.yaml"), "--ray", "off"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_progress_moves_without_a_reload(
+    browser: Any, service: Served, running: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    show(browser, 1240, 1000)
+    browser.get(service.url)
+    browser.execute_script("window.opened = true")
+    until(browser, "document.querySelector('.card .name')?.textContent", bool)
+    link = browser.find_element("css selector", ".card")
+    assert link.text.startswith("photographs")
+    browser.get(f"{service.url}/runs/photographs")
+    browser.execute_script("window.opened = true")
+    embed = "document.querySelector('[data-stage=embed]')"
+    until(browser, f"{embed}.dataset.state", lambda state: state == "running")
+    seen = set()
+    while browser.execute_script(f"return {embed}.dataset.state") == "running":
+        seen.add(browser.execute_script(f"return {embed}.querySelector('.n').textContent"))
+        if len(seen) == 3:
+            browser.save_screenshot(tmp_path / "running.png")
+        time.sleep(0.3)
+    assert len(seen) > 2, seen
+    states = "[...document.querySelectorAll('[data-stage]')].map(stage => stage.dataset.state)"
+    until(browser, states, lambda found: set(found) == {"done"})
+    assert running.wait(60) == 0
+    assert browser.execute_script("return window.opened") is True
+    assert "chosen from" in browser.find_element("css selector", ".lead").text
+    assert browser.get_log("browser") == []
+    keep(tmp_path / "running.png")
+
+
+def keep(path: Path) -> None:
+    """LVD_SCREENSHOTS names a folder for people who want to look."""
+    if folder := os.environ.get("LVD_SCREENSHOTS"):
+        shutil.copy(path, folder)
+
+
+def test_a_shard_shows_its_pictures(browser: Any, service: Served, tmp_path: Path) -> None:
+    show(browser, 1240, 1000)
+    browser.get(f"{service.url}/runs/photographs")
+    browser.find_element("link text", "000000.tar").click()
+    widths = pictures(browser)
+    assert len(widths) == 60 or len(widths) > 20
+    assert min(widths) > 0
+    browser.save_screenshot(tmp_path / "shard.png")
+    keep(tmp_path / "shard.png")
+    browser.find_element("css selector", ".grid a").click()
+    assert browser.find_element("id", "decision").get_attribute("data-decision") == "selected"
+    assert min(pictures(browser)) > 0
+    assert browser.get_log("browser") == []
+
+
+def looked_up(browser: Any, service: Served, key: str) -> Any:
+    """Types a key, takes the first answer by keyboard alone, and gives the page's decision."""
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(f"{service.url}/runs/photographs")
+    field = browser.find_element("id", "q")
+    field.send_keys(key, Keys.ENTER)
+    until(browser, "document.querySelector('.found .tile a') !== null", bool, 30)
+    browser.find_element("css selector", ".found .tile a").send_keys(Keys.ENTER)
+    return until(browser, "document.querySelector('#decision')?.dataset.decision", bool, 30)
+
+
+def test_the_story_of_a_kept_a_duplicate_and_a_rejected_image(
+    browser: Any, service: Served, folder: Path, tmp_path: Path
+) -> None:
+    show(browser, 1240, 1000)
+    curated = sorted((folder / "images" / "curated").iterdir())[0].name
+    assert looked_up(browser, service, curated) == "selected"
+    assert "What it brought as a query" in browser.page_source
+    lineage = (folder / "runs" / "photographs" / "lineage" / "parts").glob("*.parquet")
+    rows = [row for path in lineage for row in pq.read_table(path).to_pylist()]
+    duplicate = next(row["key"] for row in rows if row["decision"] == "duplicate")
+    assert looked_up(browser, service, duplicate) == "duplicate"
+    assert "Its duplicate group" in browser.page_source
+    assert min(pictures(browser)) > 0
+    browser.save_screenshot(tmp_path / "duplicate.png")
+    keep(tmp_path / "duplicate.png")
+    assert looked_up(browser, service, "broken-truncated.jpg") == "rejected"
+    assert "truncated" in browser.find_element("css selector", ".pairs code").text
+    assert browser.get_log("browser") == []
+
+
+def test_an_upload_is_searched_for(browser: Any, service: Served, folder: Path) -> None:
+    show(browser, 1240, 1000)
+    browser.get(f"{service.url}/runs/photographs")
+    curated = sorted((folder / "images" / "curated").iterdir())[0]
+    browser.find_element("id", "image").send_keys(str(curated))
+    browser.find_element("css selector", "form[enctype] button").click()
+    until(browser, "document.querySelectorAll('.tiles .tile').length", lambda n: n > 10, 60)
+    first = browser.find_element("css selector", ".tiles .tile figcaption")
+    assert first.get_attribute("title") == curated.name
+    assert first.text == "cosine 1.000"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1240, 390, 320])
+def test_it_fits_screens_large_and_small(
+    browser: Any, service: Served, tmp_path: Path, width: int, scheme: str
+) -> None:
+    show(browser, width, 900, scheme)
+    for name, path in {"run": "/runs/photographs", "runs": "/", "login": "/login"}.items():
+        browser.get(service.url + path)
+        wide = browser.execute_script("return document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 0, path
+        shot = tmp_path / f"{name}-{width}-{scheme}.png"
+        browser.save_screenshot(shot)
+        keep(shot)
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    dark = sum(int(x) for x in ground.removeprefix("rgb(").rstrip(")").split(",")) < 200
+    assert dark == (scheme == "dark")
+
+
+def test_the_keyboard_reaches_everything_visibly(browser: Any, service: Served) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    show(browser, 1240, 900)
+    browser.get(f"{service.url}/runs/photographs")
+    reached = []
+    for _ in range(20):
+        ActionChains(browser).send_keys(Keys.TAB).perform()
+        at = browser.switch_to.active_element
+        reached.append(at.text or at.get_attribute("id"))
+        assert at.value_of_css_property("outline-style") != "none", reached
+        if reached[-1] == "As it was run, with every default":
+            break
+    assert reached[0] == "Skip to the content"
+    assert {"LVD", "000000.tar", "q", "Find", "image"} <= set(reached), reached
