@@ -5,12 +5,13 @@ A folder gets its name by a rename when all its files are complete. Random numbe
 in it: every draw is a function of (seed, iteration, rank), and the data of its position.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled", categ
 
 FOLDER = "checkpoints"
 CONFIG = "config.yaml"
+PROGRESS = "progress.json"
+ANCHORS = ("_head.mean", "_head.features")  # of `frozen.Anchors`
+BY_PARAMETER = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 @dataclass
@@ -54,13 +58,17 @@ def folders(run: Path) -> list[Path]:
     return sorted(path for path in found if re.fullmatch(r"\d{8,}", path.name))
 
 
-def latest(run: Path) -> Path:
-    """The last complete checkpoint. Errors: UserError where there is none."""
+def latest(run: Path, iteration: int | None = None) -> Path:
+    """The last complete checkpoint, or that of an iteration. Errors: UserError for none."""
     if not (run / CONFIG).is_file():
         raise UserError(f"{run}: no run of `pretrain train`: it has no {CONFIG}")
     found = folders(run)
     if not found:
         raise UserError(f"{run}: has no complete checkpoint yet")
+    if iteration is not None:
+        found = [path for path in found if int(path.name) == iteration]
+        if not found:
+            raise UserError(f"{run}: has no checkpoint of iteration {iteration} any more")
     return found[-1]
 
 
@@ -80,7 +88,7 @@ class Writer:
     def save(
         self, model: StudentTeacher, optimizer: torch.optim.Optimizer, progress: Progress
     ) -> None:
-        """Copies the state and returns; it is complete at the next call of `save` or `finish`."""
+        """Copies the state and returns; what it writes is complete once `poll` has seen it."""
         self.finish()
         partial = self._run / FOLDER / f"{progress.iteration:08d}.partial"
         try:
@@ -95,35 +103,58 @@ class Writer:
         assert isinstance(future, Future)
         self._pending = (future, partial, progress)
 
+    def poll(self) -> None:
+        """Gives what has been written meanwhile its name. Errors: as `finish`."""
+        if self._pending is not None and self._pending[0].done():
+            self._publish()
+
     def finish(self) -> None:
         """Waits for what is being saved. Errors: UserError; earlier checkpoints stay."""
+        if self._pending is not None:
+            self._publish()
+        distributed.barrier()
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """Of a run that fails: keeps what is complete or soon will be, and says nothing more."""
         if self._pending is None:
             return
+        with contextlib.suppress(TimeoutError, UserError):
+            wait([self._pending[0]], timeout_s)
+            self.poll()
+
+    def _publish(self) -> None:
+        """Rank 0's write ends when all ranks have written: it can give the name by itself."""
+        assert self._pending is not None
         future, partial, progress = self._pending
         self._pending = None
         try:
             future.result()
             if distributed.rank() == 0:
-                text = json.dumps(progress.__dict__)
-                (partial / "progress.json").write_text(text)
+                (partial / PROGRESS).write_text(json.dumps(progress.__dict__))
+                os.replace(partial, partial.with_suffix(""))
         except (OSError, RuntimeError, CheckpointException) as error:
             raise _not_written(partial, error) from None
-        distributed.barrier()
         if distributed.rank() == 0:
-            os.replace(partial, partial.with_suffix(""))
             for old in folders(self._run)[: -self._keep]:
                 shutil.rmtree(old)
 
 
 def _not_written(partial: Path, error: BaseException) -> UserError:
-    """The first line that says why; the last good checkpoint is untouched."""
+    """The last good checkpoint is untouched."""
+    shutil.rmtree(partial, ignore_errors=True)
+    return UserError(f"{partial.with_suffix('')}: the checkpoint can't be written: {_why(error)}")
+
+
+def _why(error: BaseException) -> str:
+    """The first line of what the first rank that failed says."""
     cause: BaseException | None = error
     while cause and not isinstance(cause, OSError):
         failures = getattr(cause, "failures", {})
-        cause = next((f[0] for f in failures.values()), cause.__cause__)
-    why = str(cause or error).strip().split("\n")[0]
-    shutil.rmtree(partial, ignore_errors=True)
-    return UserError(f"{partial.with_suffix('')}: the checkpoint can't be written: {why}")
+        deeper = next((f[0] for f in failures.values()), cause.__cause__)
+        if deeper is None:
+            break
+        cause = deeper
+    return str(cause or error).strip().split("\n")[0] or type(cause or error).__name__
 
 
 def read(
@@ -131,19 +162,27 @@ def read(
 ) -> Progress:
     """Loads a checkpoint of any world size into a model, and an optimizer where one is given.
 
-    Errors: UserError for one of another architecture, or one that can't be read.
+    The optimizer keeps its own groups: their rates are this run's, not the checkpoint's. Errors:
+    UserError for one of another architecture, or one that can't be read.
     """
+    state = _state(model, optimizer)
     try:
-        progress = Progress(**json.loads((path / "progress.json").read_text()))
-        state = _state(model, optimizer)
+        progress = Progress(**json.loads((path / PROGRESS).read_text()))
         _check_shapes(path, state["model"])
         load(state, checkpoint_id=path, no_dist=distributed.world_size() == 1)
-    except (OSError, RuntimeError, KeyError, TypeError, CheckpointException) as error:
-        why = str(error).strip().split("\n")[0]
-        raise UserError(f"{path}: can't be read: {why}") from None
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:  # of pickle, zip, JSON, whatever reads them
+        raise UserError(
+            f"{path}: the checkpoint is damaged ({_why(error)}); remove that folder to go on from "
+            "the one before it"
+        ) from None
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        groups = get_optimizer_state_dict(model, optimizer, options=BY_PARAMETER)
+        set_optimizer_state_dict(
+            model, optimizer, {**groups, **state["optimizer"]}, options=BY_PARAMETER
+        )
     return progress
 
 
@@ -162,10 +201,15 @@ def _check_shapes(path: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def _state(model: StudentTeacher, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Without a frozen teacher, which a run reads from where it first was."""
+    """Of a frozen teacher only its anchors: its weights are read from where they first were."""
     whole = get_model_state_dict(model)
-    kept = {name: value for name, value in whole.items() if not name.startswith("frozen.")}
+    kept = {
+        name: value
+        for name, value in whole.items()
+        if not name.startswith("frozen.") or name.endswith(ANCHORS)
+    }
     state: dict[str, Any] = {"model": kept}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        flat = get_optimizer_state_dict(model, optimizer, options=BY_PARAMETER)
+        state["optimizer"] = {n: value for n, value in flat.items() if n.startswith("state.")}
     return state

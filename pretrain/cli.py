@@ -23,6 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"pretrain {command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"pretrain {command}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"pretrain {command}: interrupted; `pretrain resume` goes on", file=sys.stderr)
         return 130
@@ -42,8 +45,8 @@ def _train(
     if init is not None:
         weights = checkpoint.latest(init)
         below = export.read_config(init).model_dump(mode="json")
-    chosen = load(config, [*settings, _setting("data.shards", shards)], below)
-    _begin(chosen, out, weights, again=resume)
+        del below["distill"]  # a phase of its own, whose teacher may be gone
+    _begin(load(config, [*settings, _setting("data.shards", shards)], below), out, weights)
 
 
 def _distill(
@@ -52,31 +55,33 @@ def _distill(
     from pretrain import checkpoint, export
     from pretrain.config import load, shipped
 
-    name = f"distill_{student}"
-    given = {"distill.teacher": teacher, "distill.weights": weights, "data.shards": shards}
+    given: dict[str, Any] = {"distill.teacher": teacher, "distill.weights": weights}
     below = None
     if Path(teacher).is_dir():  # its heads, so that the student has as many prototypes
-        checkpoint.latest(Path(teacher))
-        theirs = export.read_config(Path(teacher)).model_dump(mode="json")
-        below = {"objective": theirs["objective"]}
+        run = Path(teacher).resolve()
+        given["distill.teacher"] = str(run)
+        given["distill.iteration"] = int(checkpoint.latest(run).name)
+        below = {"objective": export.read_config(run).model_dump(mode="json")["objective"]}
+    given["data.shards"] = shards
     settings = [*settings, *(_setting(path, value) for path, value in given.items())]
+    name = f"distill_{student}"
     _begin(load(name if name in shipped() else student, settings, below), out, None)
 
 
-def _setting(path: str, value: str) -> str:
+def _setting(path: str, value: Any) -> str:
     return f"{path}={json.dumps(value)}"
 
 
-def _begin(chosen: "Config", out: Path, weights: Path | None, again: bool = False) -> None:
-    """A new run; `again`: in the place of one that has no checkpoint yet."""
+def _begin(chosen: "Config", out: Path, weights: Path | None) -> None:
+    """A new run, also in the place of one that has no checkpoint yet."""
     from pretrain import checkpoint
     from pretrain.shards import open_source
     from pretrain.train import Begin, train
 
-    if (out / checkpoint.CONFIG).exists() and not again:
+    if checkpoint.folders(out):
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
     _warn(chosen.warnings())
-    source = open_source(chosen.data.shards)
+    source = open_source(chosen.data.shards, check=_is_first_rank())
     out.mkdir(parents=True, exist_ok=True)
     train(chosen, source, out, Begin(weights=weights))
 
@@ -89,7 +94,7 @@ def _resume(run: Path, settings: list[str]) -> None:
     begin = Begin(resumed=checkpoint.latest(run))
     given = export.read_config(run).model_dump(mode="json")
     chosen = config.with_settings(given, settings, str(run))
-    train(chosen, open_source(chosen.data.shards), run, begin)
+    train(chosen, open_source(chosen.data.shards, check=_is_first_rank()), run, begin)
 
 
 def _evaluate(run: Path, data: str, test: str, size: int, workers: int) -> None:
@@ -132,8 +137,12 @@ _COMMANDS: dict[str, Any] = {
 }
 
 
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _warn(warnings: Sequence[str]) -> None:
-    for warning in warnings if os.environ.get("RANK", "0") == "0" else ():
+    for warning in warnings if _is_first_rank() else ():
         print(f"warning: {warning}", file=sys.stderr)
 
 

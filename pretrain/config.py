@@ -48,6 +48,7 @@ class DistillConfig:
 
     teacher: str  # the folder of a run, or a timm model's name
     weights: str = "hub"  # of a timm model: hub, or a file in timm's or the official names
+    iteration: int | None = None  # of a run; `pretrain distill` says which it took
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from pretrain.errors import UserError
 from pretrain.losses.centering import AllReduce
 
 # The backbone gives its tokens by kind, as views of one matrix, and nobody writes into them.
@@ -56,7 +57,15 @@ ALL_RANKS = AllReduce(sum=all_reduce_sum, max=all_reduce_max)
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The ranks that torchrun or Slurm started, by its environment; without them one alone."""
+    """The ranks that torchrun started, by its environment; without it one alone.
+
+    Errors: UserError for tasks that Slurm started without it: each would be a run of its own.
+    """
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError(
+            f"srun started {os.environ['SLURM_STEP_NUM_TASKS']} tasks that know nothing of each "
+            "other; start one torchrun a node, as deploy/slurm/pretrain.sbatch does"
+        )
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         # gloo beside nccl: checkpoints are written from the processor, while training goes on.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -79,6 +88,9 @@ def own_group() -> Any:
     return distributed.new_group(backend="gloo") if world_size() > 1 else None
 
 
+Unit = tuple[nn.Module, torch.dtype | None]  # what is sharded, and in what it computes
+
+
 class Spread:
     """A model spread over the ranks: replicated (ddp) or sharded (fsdp); called as the model is."""
 
@@ -86,17 +98,16 @@ class Spread:
         self,
         model: nn.Module,
         mode: Literal["ddp", "fsdp"],
-        units: list[nn.Module],
-        dtype: torch.dtype | None,
+        units: list[Unit],
     ) -> None:
-        """`units` are sharded each by itself, inner ones first; `dtype`: of computing, or None."""
+        """`units` are sharded each by itself, inner ones first."""
         self.model, self._call = model, model
-        self._units = units if mode == "fsdp" else []
+        self._units = [unit for unit, _ in units] if mode == "fsdp" else []
         if world_size() == 1:
             self._units = []
         elif mode == "fsdp":
-            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-            for unit in units:
+            for unit, dtype in units:
+                policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
                 # Always: the teacher has no backward pass after which it would be sharded again.
                 fully_shard(unit, mp_policy=policy, reshard_after_forward=True)
         else:

@@ -19,9 +19,12 @@ from pretrain.vit import ViT, ViTConfig
 Format = Literal["timm", "dinov2", "transformers"]
 
 
-def load_run(run: Path) -> tuple[Config, StudentTeacher, int]:
-    """(config, model, iterations) of a run's last checkpoint, on the CPU. Errors: UserError."""
-    path = checkpoint.latest(run)
+def load_run(run: Path, iteration: int | None = None) -> tuple[Config, StudentTeacher, int]:
+    """(config, model, iterations) of a run's last checkpoint, or of another one, on the CPU.
+
+    Errors: UserError.
+    """
+    path = checkpoint.latest(run, iteration)
     config = read_config(run)
     model = StudentTeacher(config.model, config.objective)
     progress = checkpoint.read(path, model)
@@ -34,7 +37,7 @@ def read_config(run: Path) -> Config:
 
     try:
         return parse(yaml.safe_load((run / checkpoint.CONFIG).read_text()), str(run))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{run / checkpoint.CONFIG}: can't be read: {error}") from None
 
 

@@ -4,6 +4,7 @@ A foreign model has no heads, so its features are compared with those of trainin
 each of them is takes the place of a prototype's score, as in SEED (Fang et al., arXiv 2101.04731).
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import Any
 
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from pretrain import distributed
+from pretrain import distributed, weights
 from pretrain.collate import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.config import Config, DistillConfig
 from pretrain.errors import UserError
 from pretrain.export import load_run
 from pretrain.vit import Tokens
+
+TRAINING = ("module.", "teacher.", "student.", "backbone.")  # prefixes in its checkpoints
+CLASSIFIERS = ("head.", "head_dist.", "fc.", "classifier.", "fc_norm.")
 
 
 def load_teacher(config: Config) -> nn.ModuleDict:
@@ -53,7 +58,7 @@ class Resized(nn.Module):
         (images,) = crops
         if self.patch_size != self.student_patch_size:
             size = [side // self.student_patch_size * self.patch_size for side in images.shape[2:]]
-            images = functional.interpolate(images, size, mode="bicubic", antialias=True)
+            images = functional.interpolate(images.float(), size, mode="bicubic", antialias=True)
         tokens: list[Tokens] = self.backbone([images], patches=patches)
         return tokens
 
@@ -67,7 +72,6 @@ class TimmBackbone(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.width = _last_stage(model)["num_chs"]
         given: Any = model.pretrained_cfg  # its own normalisation, from ImageNet's
         mean, std = (torch.tensor(given[name]) for name in ("mean", "std"))
         scale = torch.tensor(IMAGENET_STD) / std
@@ -118,11 +122,6 @@ class Anchors(nn.Module):
         )
 
 
-def has_anchors(networks: nn.ModuleDict) -> bool:
-    """Whether `fill_anchors` is to be called."""
-    return isinstance(networks["dino_head"], Anchors)
-
-
 @torch.no_grad()
 def fill_anchors(
     networks: nn.ModuleDict, global_crops: Iterable[torch.Tensor], rng: torch.Generator
@@ -153,7 +152,8 @@ def fill_anchors(
 
 def _of_run(config: Config, run: Path) -> nn.ModuleDict:
     """The EMA teacher of a run, with the heads that it was trained with."""
-    theirs, model, _ = load_run(run)
+    assert config.distill is not None
+    theirs, model, _ = load_run(run, config.distill.iteration)
     for head in ("dino_head", "ibot_head"):
         there = getattr(theirs.objective, head) or theirs.objective.dino_head
         here = getattr(config.objective, head) or config.objective.dino_head
@@ -173,24 +173,33 @@ def _of_timm(config: Config, distill: DistillConfig) -> nn.ModuleDict:
     student = config.model.patch_size
     grid = config.crops.global_size // student
     patch = _patch_size(distill.teacher)
-    backbone = TimmBackbone(_timm_model(distill, grid * patch))
-    with torch.no_grad():
-        blank = torch.zeros(1, 3, grid * patch, grid * patch)
-        (seen,) = backbone([blank])
+    side = grid * patch
+    backbone = TimmBackbone(_timm_model(distill, side))
+    try:
+        with torch.no_grad():
+            (seen,) = backbone([torch.zeros(1, 3, side, side)])
+    except Exception as error:  # whatever a model of another kind does with such an image
+        why = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{_named(distill)}: can't teach at {side} pixels: {why}") from None
     if seen.patches.shape[1] != grid * grid:
         raise UserError(
-            f"--teacher {distill.teacher}: sees {seen.patches.shape[1]} patches in a crop of "
-            f"{grid * patch} pixels, the student {grid * grid}; choose another teacher"
+            f"{_named(distill)}: sees {seen.patches.shape[1]} patches in a crop of {side} pixels, "
+            f"the student {grid * grid}; choose another teacher"
         )
+    width = seen.cls.shape[1]
     heads = config.objective
     ibot = heads.ibot_head or heads.dino_head
     return nn.ModuleDict(
         {
             "backbone": Resized(backbone, patch, student),
-            "dino_head": Anchors(backbone.width, heads.dino_head.prototypes),
-            "ibot_head": Anchors(backbone.width, ibot.prototypes),
+            "dino_head": Anchors(width, heads.dino_head.prototypes),
+            "ibot_head": Anchors(width, ibot.prototypes),
         }
     )
+
+
+def _named(distill: DistillConfig) -> str:
+    return f"distill.teacher (--teacher) {distill.teacher}"
 
 
 def _patch_size(name: str) -> int:
@@ -198,37 +207,63 @@ def _patch_size(name: str) -> int:
     if not timm.is_model(name):
         near = ", ".join(get_close_matches(name.split(".")[0], timm.list_models(), 3)) or "none"
         raise UserError(
-            f"--teacher {name}: neither the folder of a run nor a model of timm; near: {near}"
+            f"distill.teacher (--teacher) {name}: neither the folder of a run nor a model of timm; "
+            f"near: {near}"
         )
     with torch.device("meta"):
-        return _last_stage(timm.create_model(name, pretrained=False))["reduction"]
-
-
-def _last_stage(model: nn.Module) -> dict[str, int]:
-    """What timm says of the features that the last stage gives: `num_chs` and `reduction`."""
-    info: Any = model.feature_info
-    stage: dict[str, int] = info[-1]
-    return stage
+        info: Any = timm.create_model(name, pretrained=False).feature_info
+    return int(info[-1]["reduction"])
 
 
 def _timm_model(distill: DistillConfig, size: int) -> nn.Module:
     """With its weights, for square images of `size` pixels where the model must know."""
-    name, where = distill.teacher, distill.weights
-    given: dict[str, Any] = {"pretrained": True, "num_classes": 0}
-    if where != "hub":
-        given["pretrained_cfg_overlay"] = {"file": where}
-        if not Path(where).is_file():
-            raise UserError(f"--teacher-weights {where}: no such file")
+    hub = distill.weights == "hub"
     try:
         try:
-            model = timm.create_model(name, img_size=size, **given)
+            model = timm.create_model(distill.teacher, hub, num_classes=0, img_size=size)
         except TypeError:  # a convolutional network takes any size
-            model = timm.create_model(name, **given)
-    except Exception as error:  # hub, file and shape faults have many types
+            model = timm.create_model(distill.teacher, hub, num_classes=0)
+    except Exception as error:  # the hub's client raises many types
         why = str(error).strip().split("\n")[0][:200]
-        hint = "; give a file with --teacher-weights" if where == "hub" else ""
-        raise UserError(f"--teacher {name}: no weights from {where}: {why}{hint}") from None
+        raise UserError(
+            f"{_named(distill)}: no weights from the hub: {why}; give a file with --teacher-weights"
+        ) from None
+    if not hub:
+        _load_exactly(model, distill)
     return model.eval()  # before it sees anything: batch norms would remember
+
+
+def _load_exactly(model: nn.Module, distill: DistillConfig) -> None:
+    """Every weight of the backbone comes from the file, which may hold a classifier besides."""
+    field = f"distill.weights (--teacher-weights) {distill.weights}"
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    try:
+        state = _read(Path(distill.weights))
+        if any(name.startswith(TRAINING) for name in state):
+            state = weights.backbone_of(state)
+        missing, unknown = model.load_state_dict(
+            convert(state, model) if convert else state, strict=False
+        )
+    except OSError as error:
+        raise UserError(f"{field}: {error.strerror}") from None
+    except Exception as error:  # not a file of weights, or of other shapes
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"{field}: not weights of {distill.teacher}: {why}") from None
+    faults = [f"lacks {name}" for name in missing if not name.startswith(CLASSIFIERS)]
+    faults += [f"has {name}" for name in unknown if not name.startswith(CLASSIFIERS)]
+    if faults:
+        raise UserError(f"{field}: not weights of {distill.teacher}: it {'; it '.join(faults[:3])}")
+
+
+def _read(path: Path) -> weights.State:
+    """A safetensors file, or a torch file that may hold the state among others."""
+    if path.suffix == ".safetensors":
+        return {name: value.float() for name, value in load_file(path).items()}
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    return {name: value.float() for name, value in found.items()}
 
 
 def blocks_of(networks: nn.ModuleDict) -> list[nn.Module]:

@@ -29,6 +29,7 @@ from pretrain.vit import ViT, compile_blocks
 from pretrain.watch import Watch
 
 SEEDS = 1 << 63
+LEAST_SCALE = 1.0  # of the fp16 loss: gradients that overflow even so are not finite at all
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Training:
             data_config.max_bad_share,
         )
         self.model = _model(config, device)
-        self._fill_anchors(source, stream)
+        if begin.resumed is None:
+            self._fill_anchors(source, stream)
         self.spread = _spread(self.model, config, self.precision)
         optimizer = config.optimizer
         groups = param_groups(self.model.student, optimizer.layer_decay, optimizer.patch_embed_lr)
@@ -77,7 +79,7 @@ class Training:
         self.loader = Loader(source, config.crops, stream, *ranks, state=data)
         self.writer = checkpoint.Writer(out, config.watch.keep)
         if distributed.rank() == 0:
-            (out / checkpoint.CONFIG).write_text(to_yaml(config))
+            _write_whole(out / checkpoint.CONFIG, to_yaml(config))
         self.watch = Watch(config, out, self.iteration, self.precision)
         self.skipped = 0  # steps in a row
 
@@ -91,9 +93,11 @@ class Training:
                 last = self.iteration == self.config.schedule.iterations
                 if last or (every and self.iteration % every == 0):
                     self.save()
+                self.writer.poll()
                 self.watch.evaluate(self.iteration, self.model)
             self.writer.finish()
         finally:
+            self.writer.close()
             self.watch.close()
 
     def step(self) -> None:
@@ -105,26 +109,30 @@ class Training:
             rates.last_layer_lr[now],
             rates.weight_decay[now],
         )
-        batches = config.parallel.accumulate
+        batches, bad = config.parallel.accumulate, None
         for number in range(batches):
             crops = next(self.loader)
             with self.spread.accumulating(last=number == batches - 1), self.precision.autocast():
                 losses = self.spread(
                     self._batch(crops, number), float(rates.teacher_temperature[now])
                 )
-                if not self._finite(losses.total.detach()):
-                    self._skip(crops, "loss")
-                    return
+                if bad is None and not self._finite(losses.total.detach()):
+                    bad = crops, number
+                # Also of a step that will be skipped: a sharded model holds what it has not summed.
                 self.scaler.scale(losses.total / batches).backward()
-            self.watch.add(losses.values, losses.total.detach())
+            if bad is None:
+                self.watch.add(losses.values, losses.total.detach())
+        if bad is not None:
+            self._skip(*bad, "loss")
+            return
         self.scaler.unscale_(self.optimizer)
         norms = clip_gradients(self.model.student, config.optimizer.clip)
         norms = {name: distributed.whole(norm) for name, norm in norms.items()}
         if self._finite(torch.stack(list(norms.values()))):
             self.scaler.step(self.optimizer)
             self.skipped = 0
-        elif not self.scaler.is_enabled():  # fp16 overflows now and then: its scale then falls
-            self._skip(crops, "gradients")
+        elif not self.scaler.is_enabled() or self.scaler.get_scale() < LEAST_SCALE:
+            self._skip(crops, number, "gradients")  # else fp16 has overflowed: its scale falls
         self.scaler.update()
         self.optimizer.zero_grad()
         self.model.update_teacher(float(rates.momentum[now]))
@@ -133,8 +141,7 @@ class Training:
     def _batch(self, crops: Crops, number: int) -> Batch:
         """On the device; draws the masks, and seeds what drop path draws."""
         config = self.config
-        batch = number * distributed.world_size() + distributed.rank()
-        rng = np.random.default_rng([config.data.seed, self.iteration, batch])
+        rng = np.random.default_rng([config.data.seed, self.iteration, self._number(number)])
         torch.manual_seed(int(rng.integers(SEEDS)))
         grid = config.crops.global_size // config.model.patch_size
         crop_count = GLOBAL_CROPS * self.images
@@ -150,28 +157,37 @@ class Training:
             masks._replace(tokens=tokens, indices=indices, weights=weights),
         )
 
+    @staticmethod
+    def _number(number: int) -> int:
+        """Of a rank's batch among all batches of the step."""
+        return number * distributed.world_size() + distributed.rank()
+
     def _finite(self, values: torch.Tensor) -> bool:
         """On all ranks."""
         bad = (~torch.isfinite(values)).any().float()
         return bool(distributed.all_reduce_max(bad) == 0)
 
-    def _skip(self, crops: Crops, what: str) -> None:
-        """Leaves a step out, keeps what it was made of, and stops when that goes on and on."""
+    def _skip(self, crops: Crops, number: int, what: str) -> None:
+        """Leaves a step out, keeps what it was made of, and stops when that goes on and on.
+
+        `number` of the step's batches, with the iteration and the seed, draws the same masks again.
+        """
         self.optimizer.zero_grad()
         self.skipped += 1
         name = f"{self.iteration:08d}.rank{distributed.rank()}.pt"
         (self.out / "replay").mkdir(exist_ok=True)
-        torch.save({"iteration": self.iteration, **crops._asdict()}, self.out / "replay" / name)
+        drawn = {"iteration": self.iteration, "batch": self._number(number)}
+        torch.save({**drawn, **crops._asdict()}, self.out / "replay" / name)
         self.watch.skip(self.iteration, what)
         if self.skipped >= self.config.optimizer.most_skipped:
             raise UserError(
                 f"{self.out}: {what} not finite in {self.skipped} steps in a row; the batches are "
-                f"in {self.out / 'replay'}; lower schedule.base_lr, or resume from an earlier "
-                "checkpoint"
+                f"in {self.out / 'replay'}; resume with --set schedule.base_lr=… lower, after "
+                f"removing the last of {self.out / checkpoint.FOLDER} if it is to begin earlier"
             )
 
     def _fill_anchors(self, source: Source, stream: StreamConfig) -> None:
-        """From crops of another seed; again at each resume, so that no checkpoint holds them."""
+        """From crops of another seed."""
         frozen = self.model.frozen
         if frozen is None or not isinstance(frozen["dino_head"], Anchors):
             return
@@ -232,9 +248,17 @@ def _spread(
     mode = config.parallel.mode
     if mode == "auto":
         mode = "fsdp" if chosen.device.type == "cuda" else "ddp"
-    units = []
+    units: list[distributed.Unit] = []
     for network in (model.student, model.teacher):
-        units += [*network["backbone"].get_submodule("blocks").children(), *network.values()]
-    if model.frozen is not None:
-        units += [*blocks_of(model.frozen), *model.frozen.values()]
-    return distributed.Spread(model, mode, units, chosen.dtype)
+        blocks = network["backbone"].get_submodule("blocks").children()
+        units += [(module, chosen.dtype) for module in (*blocks, *network.values())]
+    if model.frozen is not None:  # in fp32, which autocast rounds where a foreign model allows it
+        units += [(module, None) for module in (*blocks_of(model.frozen), *model.frozen.values())]
+    return distributed.Spread(model, mode, units)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """A kill or a full disk leaves the file as it was."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

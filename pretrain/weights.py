@@ -36,7 +36,7 @@ def to_official(state: Mapping[str, torch.Tensor]) -> State:
     """
     if any(name.endswith("embeddings.cls_token") for name in state):
         return from_transformers(state)
-    state = _backbone(state)
+    state = backbone_of(state)
     if "cls_token" not in state:
         raise ValueError("neither official, timm nor transformers names: no cls_token")
     if "mask_token" in state:
@@ -47,7 +47,7 @@ def to_official(state: Mapping[str, torch.Tensor]) -> State:
 def from_timm(state: Mapping[str, torch.Tensor]) -> State:
     """timm's names; it has no mask token (zeros) and adds the class token's position to it."""
     out: State = {}
-    for name, value in _backbone(state).items():
+    for name, value in backbone_of(state).items():
         if ".mlp.fc1_x." in name:
             continue  # the other half of fc1_g
         if ".mlp.fc1_g." in name:
@@ -116,7 +116,7 @@ def to_transformers(state: Mapping[str, torch.Tensor]) -> State:
     return out
 
 
-def _backbone(state: Mapping[str, torch.Tensor]) -> State:
+def backbone_of(state: Mapping[str, torch.Tensor]) -> State:
     """Without prefixes, heads and the chunks of blocks that FSDP checkpoints were named by."""
     inner = {re.sub(r"^(module\.|teacher\.|student\.)*", "", name): v for name, v in state.items()}
     if any(name.startswith("backbone.") for name in inner):

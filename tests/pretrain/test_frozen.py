@@ -1,5 +1,6 @@
 """Distillation: what a frozen teacher says, and a student that learns from it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,16 @@ from torch.nn import functional
 from training import arguments, lines, process, same, state
 
 from pretrain import export
+from pretrain.checkpoint import latest, read
 from pretrain.cli import main
 from pretrain.config import Config, DistillConfig, load, shipped
-from pretrain.frozen import Anchors, TimmBackbone, fill_anchors, load_teacher
+from pretrain.errors import UserError
+from pretrain.frozen import Anchors, fill_anchors, load_teacher
 from pretrain.heads import HeadConfig
 from pretrain.losses.centering import sinkhorn_knopp
 from pretrain.masking import hide_nothing
 from pretrain.student_teacher import Batch, ObjectiveConfig, StudentTeacher
-from pretrain.vit import ViTConfig
+from pretrain.vit import ViT, ViTConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS = ObjectiveConfig(HeadConfig(64, 32, 16), HeadConfig(48, 32, 16))
@@ -83,7 +86,13 @@ def test_a_teacher_of_another_patch_size_sees_as_many_patches(teacher: Path) -> 
 
 @pytest.mark.parametrize(
     ("name", "patch"),
-    [("test_vit", 16), ("test_vit2", 16), ("resnet18", 32), ("swin_tiny_patch4_window7_224", 32)],
+    [
+        ("test_vit", 16),
+        ("test_vit2", 16),
+        ("resnet18", 32),
+        ("efficientnet_b0", 32),  # its last convolution widens what its last stage gives
+        ("swin_tiny_patch4_window7_224", 32),
+    ],
 )
 def test_timm_models_teach(name: str, patch: int, tmp_path: Path) -> None:
     """With and without class token and registers, convolutional, channels last."""
@@ -102,7 +111,7 @@ def test_timm_models_teach(name: str, patch: int, tmp_path: Path) -> None:
         pixels = larger * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
         pixels = pixels + torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
         found = plain.forward_features((pixels - mean) / std)
-    if name == "resnet18":
+    if found.ndim == 4 and "swin" not in name:
         grid, cls = found.flatten(2).transpose(1, 2), found.mean(dim=(2, 3))
     elif "swin" in name:
         grid, cls = found.flatten(1, 2), found.mean(dim=(1, 2))
@@ -133,36 +142,61 @@ def test_anchors_score_by_cosine_to_images_that_were_seen(tmp_path: Path) -> Non
     assert networks["ibot_head"].features.norm(dim=1).allclose(torch.ones(48))
 
 
-def test_official_weights_teach(tmp_path: Path) -> None:
-    """timm's names and the official ones give the same features."""
+def prefixed(state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """As the official code saves a training checkpoint, with heads."""
+    inside = {f"backbone.{name}": value for name, value in state.items()}
+    return {"teacher": {**inside, "dino_head.mlp.0.weight": torch.ones(2, 2)}, "iteration": 3}
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("form", ["hub", "checkpoint"])
+def test_official_weights_teach(registers: int, form: str, tmp_path: Path) -> None:
+    """A file of the official names gives timm's model what our own network computes with it."""
+    vit = ViTConfig(width=384, depth=12, heads=6, image_size=518, registers=registers)
+    released = {"interpolate_offset": 0.0, "interpolate_antialias": True}
     torch.manual_seed(0)
-    name = "vit_small_patch14_dinov2"
-    plain = timm.create_model(name, num_classes=0, depth=1, img_size=56).eval()
-    state = {**plain.state_dict(), "mask_token": torch.zeros(1, 384)}
-    torch.save(state, tmp_path / "official.pth")
-    again = timm.create_model(
-        name,
-        True,
-        num_classes=0,
-        depth=1,
-        img_size=56,
-        pretrained_cfg_overlay={"file": str(tmp_path / "official.pth")},
-    ).eval()
+    ours = ViT(replace(vit, **released)).eval()  # type: ignore[arg-type]
     with torch.no_grad():
-        one, other = (TimmBackbone(model)([crops(2, 56)])[0] for model in (plain, again))
-    torch.testing.assert_close(one.cls, other.cls)
+        for parameter in ours.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    state = ours.state_dict()
+    torch.save(state if form == "hub" else prefixed(state), tmp_path / "official.pth")
+    name = f"vit_small_patch14_{'reg4_' if registers else ''}dinov2"
+    config = student(name, str(tmp_path / "official.pth"), patch=14, crop=56)
+    images = crops(2, 56)
+    with torch.no_grad():
+        (seen,) = load_teacher(config)["backbone"]([images])
+        (expected,) = ours([images])
+    torch.testing.assert_close(seen.cls, expected.cls, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(seen.patches, expected.patches, rtol=2e-3, atol=2e-3)
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    """Else a randomly initialised teacher would go unnoticed."""
+    path = tmp_path / "w.safetensors"
+    state = timm.create_model("test_vit").state_dict()
+    del state["blocks.1.norm1.bias"]
+    files = {"lacks blocks.1.norm1.bias": state}
+    files["it lacks cls_token"] = timm.create_model("resnet18").state_dict()
+    for fault, held in files.items():
+        save_file(held, path)
+        with pytest.raises(UserError, match=f"not weights of test_vit.*{fault}"):
+            load_teacher(student("test_vit", str(path)))
 
 
 def test_a_student_of_a_run(teacher: Path, config: Path, images: Path, tmp_path: Path) -> None:
     """Learns what its teacher says, is evaluated and exported as any run, and is resumed."""
     whole, halved = tmp_path / "whole", tmp_path / "halved"
     longer = ["schedule.iterations=30", "schedule.base_lr=0.05", "watch.checkpoint_every=15"]
+    taken = int(latest(teacher).name)
     assert main(distill(str(teacher), config, images, whole, *longer)) == 0
     told = lines(whole)
     first, last = (np.mean([line["ibot"] for line in part]) for part in (told[:5], told[-5:]))
     assert last < first - 0.05
     assert not any(name.startswith("frozen") for name in state(whole))
-    assert export.load_run(whole)[0].model.width == 48
+    distilled = export.load_run(whole)[0]
+    assert distilled.model.width == 48
+    assert distilled.distill == DistillConfig(str(teacher), iteration=taken)
     assert main(distill(str(teacher), config, images, halved, *longer)) == 0
     checkpoint = halved / "checkpoints" / "00000030"
     for path in sorted(checkpoint.iterdir()):
@@ -171,6 +205,56 @@ def test_a_student_of_a_run(teacher: Path, config: Path, images: Path, tmp_path:
     assert main(["resume", str(halved)]) == 0
     assert lines(halved) == told
     assert same(state(halved), state(whole))
+
+
+def test_a_student_goes_on_with_the_anchors_it_began_with(
+    config: Path, images: Path, tmp_path: Path
+) -> None:
+    """Also where its batches are cut in another way, which would draw others."""
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    out = tmp_path / "run"
+    command = distill("test_vit", config, images, out, "schedule.iterations=2")
+    assert main([*command, "--teacher-weights", str(weights)]) == 0
+    saved = anchors(out)
+    more = ["--set", "schedule.iterations=4", "--set", "parallel.accumulate=2"]
+    assert main(["resume", str(out), *more]) == 0
+    assert latest(out).name == "00000004"
+    assert same(anchors(out), saved)
+
+
+def anchors(run: Path) -> dict[str, torch.Tensor]:
+    """As the last checkpoint holds them."""
+    config = export.read_config(run)
+    made = StudentTeacher(config.model, config.objective, frozen=load_teacher(config))
+    read(latest(run), made)
+    assert made.frozen is not None
+    return {n: v.clone() for n, v in made.frozen.state_dict().items() if "_head" in n}
+
+
+def test_the_next_phase_of_a_student_is_no_distillation(
+    teacher: Path, config: Path, images: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(distill(str(teacher), config, images, first, "schedule.iterations=2")) == 0
+    larger = tmp_path / "larger.yaml"
+    larger.write_text("crops: {global_size: 64}\nschedule: {iterations: 3, warmup: 0}\n")
+    assert main([*arguments(larger, images, second), "--init", str(first)]) == 0
+    assert export.load_run(second)[0].distill is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sharded_students_are_taught_in_low_precision(
+    precision: str, config: Path, images: Path, tmp_path: Path
+) -> None:
+    """By a model of another patch size, whose crops are resized."""
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model("test_vit").state_dict(), weights)
+    settings = ["parallel.mode=fsdp", f"parallel.precision={precision}", "schedule.iterations=2"]
+    command = distill("test_vit", config, images, tmp_path / "run", *settings)
+    running = process(*command, "--teacher-weights", str(weights), ranks=2)
+    assert running.wait() == 0, running.communicate()[1]
+    assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -199,9 +283,15 @@ def test_two_ranks_have_the_same_anchors_as_one(
     ("given", "fault"),
     [
         (["vit_smal_patch14"], "neither the folder of a run nor a model of timm; near: vit_small"),
-        (["test_vit", "--teacher-weights", "none.pth"], "--teacher-weights none.pth: no such file"),
-        (["test_vit", "--teacher-weights", __file__], f"no weights from {__file__}"),
-        (["."], ".: no run of `pretrain train`"),
+        (
+            ["test_vit", "--teacher-weights", "none.pth"],
+            "(--teacher-weights) none.pth: No such file",
+        ),
+        (
+            ["test_vit", "--teacher-weights", __file__],
+            f"(--teacher-weights) {__file__}: not weights of test_vit",
+        ),
+        (["."], "no run of `pretrain train`: it has no config.yaml"),
     ],
 )
 def test_mistakes_are_told(

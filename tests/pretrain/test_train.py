@@ -1,6 +1,7 @@
 """`pretrain train` and what follows it, on a tiny model and real image files."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -10,12 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from training import arguments, lines, process, same, state
 
+from pretrain import distributed
+from pretrain.checkpoint import latest
 from pretrain.cli import main
-from pretrain.export import load_run
+from pretrain.config import load
+from pretrain.errors import UserError
+from pretrain.export import load_run, read_config
+from pretrain.shards import open_source
+from pretrain.train import Begin, Training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,174 @@ def test_ddp_and_fsdp_do_the_same(config: Path, images: Path, tmp_path: Path) ->
         assert training.wait() == 0, training.communicate()[1]
         losses.append([line["loss"] for line in lines(tmp_path / mode)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_one_rank_goes_on_as_two_would_have(config: Path, images: Path, tmp_path: Path) -> None:
+    """Within rounding, where no loss looks across the images of a rank."""
+    settings = ["objective.centering=softmax", "objective.center_momentum=1.0"]
+    settings += ["objective.koleo_weight=0", "watch.checkpoint_every=4", "parallel.mode=fsdp"]
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    training = process(*arguments(config, images, whole, *settings), ranks=2)
+    assert training.wait() == 0, training.communicate()[1]
+    shutil.copytree(whole, halved)
+    shutil.rmtree(halved / "checkpoints" / "00000008")
+    assert main(["resume", str(halved), "--set", "parallel.accumulate=2"]) == 0
+    for told, expected in zip(lines(halved), lines(whole), strict=True):
+        assert told["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+
+
+def test_a_checkpoint_counts_as_soon_as_it_is_written(
+    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not only when the next one is saved: here the run ends before that, by a mistake."""
+    settings = ["schedule.batch=8", "watch.checkpoint_every=4", "schedule.iterations=9"]
+    out = tmp_path / "run"
+    changed = tmp_path / "images"
+    shutil.copytree(images, changed)
+    running = process(*arguments(config, changed, out, *settings))
+    while not (out / "metrics.jsonl").exists() or len(lines(out)) < 4:
+        assert running.poll() is None
+        time.sleep(0.01)
+    for path in changed.rglob("*.png"):
+        path.write_bytes(b"")
+    told = running.communicate()[1]
+    assert running.returncode in (0, 2), told
+    assert "00000004" in [path.name for path in (out / "checkpoints").iterdir()]
+
+
+def test_a_full_disk_at_resume_leaves_the_config(whole: Path, tmp_path: Path) -> None:
+    import resource
+
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = (run / "config.yaml").read_text()
+    limit: Callable[[], None] = lambda: resource.setrlimit(  # noqa: E731
+        resource.RLIMIT_FSIZE, (0, 0)
+    )
+    given = ["resume", str(run), "--set", "schedule.iterations=10"]
+    running = process(*given, preexec_fn=limit)
+    told = running.communicate()[1]
+    assert running.returncode == 2, told
+    assert "Traceback" not in told
+    assert (run / "config.yaml").read_text() == before
+    assert main(given) == 0
+
+
+def test_a_resumed_run_has_the_optimizer_that_it_is_told(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    settings = ["optimizer.betas=[0.5, 0.6]", "optimizer.layer_decay=0.5"]
+    given = [part for one in (*settings, "schedule.iterations=9") for part in ("--set", one)]
+    assert main(["resume", str(run), *given]) == 0
+    config = read_config(run)
+    training = Training(
+        config, open_source(config.data.shards), run, Begin(resumed=latest(run)), CPU
+    )
+    assert {group["betas"] for group in training.optimizer.param_groups} == {(0.5, 0.6)}
+    assert len({group["lr_multiplier"] for group in training.optimizer.param_groups}) > 2
+    assert all(state["step"] == 9 for state in training.optimizer.state.values())
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda folder: (folder / "progress.json").write_text("{"), "damaged"),
+        (lambda folder: (folder / ".metadata").write_bytes(b""), "damaged"),
+        (lambda folder: next(folder.glob("*.distcp")).write_bytes(b"x"), "damaged"),
+        (lambda folder: next(folder.glob("*.distcp")).unlink(), "No such file"),
+    ],
+)
+def test_damaged_checkpoints_are_told(
+    damage: Callable[[Path], object],
+    fault: str,
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    damage(run / "checkpoints" / "00000008")
+    assert main(["resume", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert fault in told
+    assert "00000008" in told
+    assert "remove that folder" in told
+    shutil.rmtree(run / "checkpoints" / "00000008")
+    assert main(["resume", str(run)]) == 0
+
+
+def test_a_skipped_step_leaves_nothing_behind_when_sharded(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(
+        skip_then_step, (str(tmp_path),), nprocs=2, start_method="spawn"
+    )
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+def skip_then_step(number: int, folder: str) -> None:
+    """Gradients after a step whose second batch was not finite are those of the step alone."""
+    torch.set_num_threads(1)
+    environment = {"RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT", "29517")
+    found = []
+    with distributed.process_group(CPU):
+        for skips in (True, False):
+            model = nn.Linear(4, 4)
+            nn.init.ones_(model.weight)
+            spread = distributed.Spread(model, "fsdp", [(model, None)])
+            for last, scale in ((False, 100.0), (True, float("nan"))) if skips else ():
+                with spread.accumulating(last=last):
+                    (spread(torch.ones(2, 4)).sum() * scale).backward()
+            model.zero_grad()
+            with spread.accumulating(last=True):
+                spread(torch.ones(2, 4)).sum().backward()
+            found.append(distributed.whole(model.weight.grad).clone())
+    torch.testing.assert_close(found[0], found[1])
+    np.save(f"{folder}/{number}.npy", 1)
+
+
+def test_gradients_that_never_become_finite_stop_an_fp16_run(
+    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scale falls at each; below 1 they are not finite for another reason."""
+    settings = ["parallel.precision=fp16", "optimizer.most_skipped=3", "schedule.iterations=40"]
+    config_, source = load(str(config), settings), open_source(str(images))
+    training = Training(config_, source, tmp_path, Begin(), CPU)
+    next(training.model.student.parameters()).register_hook(lambda g: g * float("nan"))
+    with pytest.raises(UserError, match="gradients not finite in 3 steps in a row"):
+        training.run()
+    assert training.iteration < 25
+
+
+def test_tasks_of_srun_that_know_nothing_of_each_other_are_told(
+    config: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert main(arguments(config, images, tmp_path / "run")) == 2
+    assert "start one torchrun a node" in capsys.readouterr().err
+
+
+def test_a_run_that_has_no_checkpoint_yet_is_begun_again(
+    config: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml").write_text("model: {}\n")
+    assert main(arguments(config, images, out)) == 0
+    assert len(lines(out)) == 8
+
+
+def test_a_place_that_can_t_be_written_is_told(
+    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(config, images, Path(f"{config}/run"))) == 2
+    told = capsys.readouterr().err
+    assert "Not a directory" in told
+    assert str(config) in told
 
 
 def test_batches_that_are_accumulated_stand_for_ranks(
