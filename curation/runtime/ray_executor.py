@@ -24,6 +24,7 @@ ATTEMPTS = 3
 FAILED_STARTS = 10  # in a row, before it is the workers' environment and not a lost node
 POLL_S = 1.0
 RESIZE_S = 10.0
+AHEAD = 8  # actors for which there is no room yet: an autoscaler sees them, and makes some
 
 
 class _Actor:
@@ -59,6 +60,7 @@ class RayExecutor:
                 f" {' '.join(str(error).split())[:200]}); use an address, `local` or `off`"
             ) from None
         self._limit = workers
+        self._grows = address != "local"
         self._resting: dict[bool, list[Any]] = {}  # with a GPU or without -> actors of no `map`
         self.workers = self._capacity(gpu=False)
 
@@ -66,6 +68,11 @@ class RayExecutor:
         """Workers that the cluster has room for now."""
         fits = int(_resources().get("GPU" if gpu else "CPU", 1))
         return max(1, min(fits, self._limit or fits))
+
+    def _wanted(self) -> int:
+        """Actors to ask for: as many again as there is room for, so that a cluster may double."""
+        ahead = max(AHEAD, self.workers) if self._grows else 0
+        return min(self.workers + ahead, self._limit or self.workers + ahead)
 
     def map(
         self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
@@ -81,10 +88,10 @@ class RayExecutor:
             while pool.unfinished:
                 if time.monotonic() - resized > RESIZE_S:
                     self.workers, resized = self._capacity(gpu), time.monotonic()
-                pool.grow(min(self.workers, pool.unfinished))
+                pool.grow(min(self._wanted(), pool.unfinished))
                 yield from pool.step()
         finally:
-            self._resting[gpu] = pool.close()
+            self._resting[gpu] = pool.close(self.workers)
 
     def close(self) -> None:
         ray.shutdown()
@@ -176,10 +183,11 @@ class _Pool:
         why = str(error).partition("\n")[0]  # what follows are ids, which differ from run to run
         return Outcome(item, None, f"worker_died: {ATTEMPTS} workers died on this part ({why})")
 
-    def close(self) -> list[Any]:
-        """Actors that are free for another `map`; those that are at work are killed."""
-        for actor, held in self._held.items():
-            if held:
-                ray.kill(actor)
+    def close(self, room: int) -> list[Any]:
+        """Actors that are free for another `map`, at most `room`; the others are killed."""
         free = [actor for actor, held in self._held.items() if not held]
-        return [*free, *self._starting.values()]
+        kept = [*free, *self._starting.values()][:room]
+        for actor in [*self._held, *self._starting.values()]:
+            if actor not in kept:
+                ray.kill(actor)
+        return kept

@@ -8,6 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,7 +21,8 @@ READ_ATTEMPTS = 6  # of a body that breaks off: botocore's own retries end with 
 READ_WAIT_S = 0.1  # before the second attempt, twice as long before each later one
 # Errors that no later request will heal: found by the first one, and told at once.
 FATAL = {"NoSuchBucket", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-
+# Answers to a conditional write whose condition does not hold.
+REFUSED = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409", "404"}
 
 Settings = tuple[int, frozenset[tuple[str, str]], tuple[int, ...]]
 
@@ -177,6 +179,46 @@ class S3Store:
     def write(self, path: str, data: bytes) -> None:
         with self._errors(path):
             self.client.put_object(Bucket=self.bucket, Key=self._key(path), Body=data)
+
+    def write_if(self, path: str, data: bytes, version: str) -> str | None:
+        """Writes if the object's version still is this one ("": if there is none).
+
+        Returns the new version, or None when it was another. `data` must be like no other: after an
+        answer that was lost it tells whether it was written. Stores without conditions just write.
+        """
+        from botocore.exceptions import ClientError
+
+        condition = {"IfMatch": f'"{version}"'} if version else {"IfNoneMatch": "*"}
+        where = {"Bucket": self.bucket, "Key": self._key(path)}
+        with self._errors(path):
+            try:
+                put = self.client.put_object(**where, Body=data, **condition)
+            except ClientError as error:
+                code = error.response.get("Error", {}).get("Code")
+                if code == "NotImplemented":
+                    put = self.client.put_object(**where, Body=data)
+                elif code not in REFUSED:
+                    raise
+                elif not self.exists(path) or self.read(path) != data:
+                    return None
+                else:
+                    put = self.client.head_object(**where)
+        return str(put["ETag"]).strip('"')
+
+    def age(self, path: str) -> tuple[Entry, float] | None:
+        """An object and the seconds since it was written, by the store's clock; None without it."""
+        from botocore.exceptions import ClientError
+
+        with self._errors(path):
+            try:
+                head = self.client.head_object(Bucket=self.bucket, Key=self._key(path))
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey"):
+                    return None
+                raise
+        now = parsedate_to_datetime(head["ResponseMetadata"]["HTTPHeaders"]["date"])
+        entry = Entry(path, int(head["ContentLength"]), str(head["ETag"]).strip('"'))
+        return entry, (now - head["LastModified"]).total_seconds()
 
     @contextlib.contextmanager
     def publish(self, path: str) -> Iterator[Path]:

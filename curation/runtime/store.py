@@ -242,13 +242,17 @@ def _entry(path: str, info: os.stat_result) -> Entry:
 
 @contextlib.contextmanager
 def hold(store: Store, folders: Sequence[str]) -> Iterator[None]:
-    """One writer at a time in a local run; scratch files that killed ones left there are removed.
+    """One writer at a time in a run; scratch files that killed ones left in a folder are removed.
 
-    An object store has no lock and no scratch files. Raises StoreError when another process
-    holds the run.
+    Raises StoreError when another process holds the run.
     """
     if not isinstance(store, FileStore):
-        yield
+        from curation.runtime.lease import lease
+        from curation.runtime.s3 import S3Store
+
+        assert isinstance(store, S3Store)
+        with lease(store):
+            yield
         return
     with _lock(store):
         _sweep(store, folders)

@@ -10,8 +10,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from finished import final_files
 from test_ray import children, free_port, processes, start, wait_for
 from workbench import Project
@@ -28,17 +30,17 @@ class Nodes:
         self._scratch = Path("/tmp") / f"lvd-{os.getpid()}"
         self.address = f"127.0.0.1:{free_port()}"
 
-    def add(self) -> subprocess.Popen[bytes]:
+    def add(self, *options: str) -> subprocess.Popen[bytes]:
         """The head, then workers."""
         port = self.address.rpartition(":")[2]
         where = [f"--address={self.address}"]
         if not self._started:
             where = ["--head", f"--port={port}", f"--temp-dir={self._scratch}"]
             where += ["--include-dashboard=false", f"--ray-client-server-port={free_port()}"]
-        ray = str(Path(sys.executable).parent / "ray")
+        program = str(Path(sys.executable).parent / "ray")
         where += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={free_port()}"]
         node = subprocess.Popen(
-            [ray, "start", "--block", f"--num-cpus={CPUS}", *where],
+            [program, "start", "--block", *(options or (f"--num-cpus={CPUS}",)), *where],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -46,6 +48,11 @@ class Nodes:
         self._started.append(node)
         wait_for(lambda: self._answers() and set(processes("raylet")) & children(node.pid))
         return node
+
+    def log(self, name: str) -> str:
+        """What a process of the head wrote down."""
+        path = self._scratch / "session_latest" / "logs" / name
+        return path.read_text() if path.exists() else ""
 
     def _answers(self) -> bool:
         with socket.socket() as one:
@@ -90,6 +97,50 @@ def test_a_node_that_is_lost_in_mid_stage_changes_nothing(
     assert actors, "the second node had no work"
     nodes.lose(second)
     assert not (work.run_folder / "embed" / "done.json").exists(), "it was lost too late"
+    _, errors = running.communicate(timeout=400)
+    assert running.returncode == 0, errors
+    assert final_files(work.run_folder) == whole
+
+
+def autoscaler_config() -> dict[str, Any]:
+    """Two nodes at most, by the provider that Ray tests its autoscaler with."""
+    lists = ("setup_commands", "head_setup_commands", "worker_setup_commands")
+    lists += ("head_start_ray_commands", "worker_start_ray_commands")
+    lists += ("initialization_commands", "cluster_synced_files")
+    fake = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    kind = {"node_config": {}, "min_workers": 0}
+    return {
+        "cluster_name": "lvd",
+        "max_workers": 2,
+        "upscaling_speed": 10,
+        "idle_timeout_minutes": 5,
+        "provider": {"type": "external", "module": fake},
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {**kind, "resources": {"CPU": 0}, "max_workers": 0},
+            "worker": {**kind, "resources": {"CPU": CPUS}, "max_workers": 2},
+        },
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{key: [] for key in lists},
+    }
+
+
+def test_work_asks_an_autoscaler_for_nodes_and_goes_on_when_they_come(
+    project: Callable[..., Project], nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a head without CPUs. That provider can only start nodes of a head on Ray's usual port, so
+    that what is asked for is read in the autoscaler's log, and the node is added by hand."""
+    work = project(pool=range(40), resources={"part_images": 8})
+    assert work.run() == 0
+    whole = final_files(work.run_folder)
+    shutil.rmtree(work.run_folder)
+    (tmp_path / "autoscaler.yaml").write_text(yaml.safe_dump(autoscaler_config()))
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    monkeypatch.setenv("AUTOSCALER_UPDATE_INTERVAL_S", "1")
+    nodes.add("--num-cpus=0", f"--autoscaling-config={tmp_path / 'autoscaler.yaml'}")
+    running = start(work, "--ray", nodes.address)
+    wait_for(lambda: "Queue 2 new nodes for launch" in nodes.log("monitor.log"))
+    nodes.add()
     _, errors = running.communicate(timeout=400)
     assert running.returncode == 0, errors
     assert final_files(work.run_folder) == whole

@@ -5,6 +5,7 @@ import json
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,14 @@ def test_training_from_s3_is_training_from_a_folder_whatever_fails(
     faults.share = 0.3
     assert losses(f"s3://{BUCKET}/shards", tmp_path / "remote") == expected
     assert all(faults.done[kind] for kind in FAULTS if kind != "cut upload"), faults.done
+
+
+def test_of_many_writers_one_gets_the_run(faults: Faults) -> None:
+    one = S3Store(f"s3://{BUCKET}/race")
+    faults.share = 0.1
+    with ThreadPoolExecutor(16) as pool:
+        won = list(pool.map(lambda n: one.write_if("lock", b"%d" % n, ""), range(16)))
+    assert sum(version is not None for version in won) == 1
 
 
 def test_a_store_says_what_is_wrong_with_keys_and_buckets(
