@@ -13,7 +13,7 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
-from curation.stages.shards import PLACEMENT_TABLE
+from curation.stages.shards import FACES_TABLE, PLACEMENT_TABLE
 from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
 
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
@@ -67,6 +67,7 @@ class LineageWorker:
         decisions = read_decisions(store, part).to_pylist()
         selected = _by_image(rows_of_part(store, SELECTED_TABLE, part), "retrieved_by")
         shard = _by_image(rows_of_part(store, PLACEMENT_TABLE, part), "shard")
+        faces = _by_image(rows_of_part(store, FACES_TABLE, part), "faces")
         first = _by_image(rows_of_part(store, SAME_BYTES_TABLE, part), "first")
         firsts = ids_of(
             store, self._embedded, self._parts, np.array(list(first.values()), np.int64)
@@ -87,6 +88,8 @@ class LineageWorker:
                     "retrieved_by": selected.get(number, []),
                     "shard": shard.get(number),
                     "image": number,
+                    "unsafe": image.get("unsafe"),
+                    "faces_blurred": faces.get(number),
                     **{name: image[name] for name in ("uri", "key", "width", "height", "bytes")},
                 }
             )
