@@ -237,7 +237,9 @@ def _faces_config(recipe: Recipe) -> FacesConfig | None:
     haar = given.detector == HAAR
     version = "" if haar else _weights_version("safety.faces.detector", given.detector, "", "")
     limits = Limits(**recipe.images.model_dump())
-    return FacesConfig(**given.model_dump(), limits=limits, version=version)
+    cfg = FacesConfig(**given.model_dump(), limits=limits, version=version)
+    shards.load_faces(cfg)  # what can't be used is told now, not after days of embedding
+    return cfg
 
 
 def _weights_version(field: str, weights: str, kind: str, model: str) -> str:

@@ -103,7 +103,7 @@ def run(
     )
     if dims is not None:
         _record_failed(store, embedded, [i for i in items if i.name in result.failed], result, dims)
-    counts = _summary(store, embedded, parts)
+    counts = _summary(cfg, store, embedded, parts)
     _check_budget(cfg, counts["images"], counts["faults"])
     if empty := counts.pop("empty"):
         raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
@@ -321,13 +321,19 @@ def retryable(store: Store, embedded: Embedded) -> list[Part]:
     return found
 
 
-def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, Any]:
+def _summary(
+    cfg: EmbedConfig, store: Store, embedded: Embedded, parts: list[Part]
+) -> dict[str, Any]:
     """Images and rejections, every reason with its count, and the sets that have no image left."""
-    counts: dict[str, Any] = {"images": 0, "rejected": 0}
+    counts: dict[str, Any] = {"images": 0, "rejected": 0} | ({"unsafe": 0} if cfg.filter else {})
     reasons: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     for part in parts:
-        table = read_table(store, embedded.images_path(part), columns=["fault"])
+        columns = ["fault", "unsafe"] if cfg.filter else ["fault"]
+        table = read_table(store, embedded.images_path(part), columns)
+        if cfg.filter is not None:
+            scores = table["unsafe"].drop_null().to_numpy()
+            counts["unsafe"] += int((~(scores < cfg.filter.threshold)).sum())
         faults = [fault.split()[0] for fault in table["fault"].drop_null().to_pylist()]
         reasons.update(faults)
         counts["images"] += part.rows

@@ -59,6 +59,7 @@ class LineageWorker:
 
     def __init__(self, cfg: LineageConfig, run_uri: str) -> None:
         self._store, self._embedded = open_store(run_uri), Embedded(cfg.embedding)
+        self._blurred = self._store.exists(FACES_TABLE)
         self._parts = read_parts(self._store)
 
     def __call__(self, part: Part) -> Counts:
@@ -67,7 +68,7 @@ class LineageWorker:
         decisions = read_decisions(store, part).to_pylist()
         selected = _by_image(rows_of_part(store, SELECTED_TABLE, part), "retrieved_by")
         shard = _by_image(rows_of_part(store, PLACEMENT_TABLE, part), "shard")
-        faces = _by_image(rows_of_part(store, FACES_TABLE, part), "faces")
+        faces = _by_image(rows_of_part(store, FACES_TABLE, part), "faces") if self._blurred else {}
         first = _by_image(rows_of_part(store, SAME_BYTES_TABLE, part), "first")
         firsts = ids_of(
             store, self._embedded, self._parts, np.array(list(first.values()), np.int64)

@@ -79,25 +79,24 @@ def run(
     for shard in range(shards):
         size = min(cfg.images_per_shard, len(placement) - shard * cfg.images_per_shard)
         items.append(Item(shard_name(shard), size, shard))
-    load_faces(cfg.faces)  # a detector that can't be used is one clear error, before any worker
     worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg), cfg.faces)
     result = map_parts(
         Work("shards", items, lambda i: _index_path(i.payload) in have, worker), executor, events
     )
     require_all(result, "shards")
-    blurred = _gather_faces(shards, store)
+    blurred = {"faces_blurred": _gather_faces(shards, store)} if cfg.faces else {}
     manifest = _manifest(cfg, shards, store)
     store.write(MANIFEST, json.dumps(manifest, indent=1).encode())
     for folder in ("spool", "plan", "faces"):
         for entry in list(store.list(f"shards/{folder}")):
             store.delete(entry.path)
     counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
-    counts |= {"faces_blurred": blurred} if cfg.faces else {}
-    counts |= {"shards": shards, "computed": result.computed, "reused": result.reused}
+    counts |= {**blurred, "shards": shards, "computed": result.computed, "reused": result.reused}
     return finish(store, StageReport("shards", stage_fingerprint, counts, elapsed()))
 
 
 def load_faces(cfg: FacesConfig | None) -> FaceBlur | None:
+    """What blurs faces, if anything does. Raises EncoderError or StoreError."""
     if cfg is None:
         return None
     return FaceBlur(cfg, None if cfg.detector == HAAR else read_uri(cfg.detector))
@@ -261,7 +260,9 @@ class ShardWorker:
             size = scratch.stat().st_size
         facts = {"images": str(len(rows)), "bytes": str(size), "sha256": digest.hexdigest()}
         # The index is last: where it is, the shard is complete.
-        write_table(self._store, _faces_path(shard), pa.Table.from_pylist(faces, schema=FACES))
+        if self._blur is not None:
+            found = pa.Table.from_pylist(faces, schema=FACES)
+            write_table(self._store, _faces_path(shard), found)
         table = pa.Table.from_pylist(index, schema=SHARD_INDEX.with_metadata(facts))
         write_table(self._store, _index_path(shard), table)
         return {"images": len(rows), "bytes": size}

@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from finished import counts
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from safetensors.torch import save_file
@@ -145,6 +147,7 @@ def test_a_filter_scores_by_each_route_and_reporting_changes_no_byte(
     for name, score in scores.items():
         assert rows[name]["unsafe"] == pytest.approx(score, abs=1e-3)
         assert rows[name]["decision"] == "selected"
+    assert counts(work.run_folder, "embed")["unsafe"] >= sum(s >= 0.5 for s in scores.values())
     files = (work.folder / "pool").iterdir()
     originals = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     written = members(work)
@@ -207,6 +210,17 @@ def test_a_filter_that_cannot_be_used_is_one_clear_line(
     text = capsys.readouterr().err
     assert said in text
     assert "Traceback" not in text
+
+
+@pytest.mark.skipif(find_spec("nudenet") is None, reason="the extra nsfw is not installed")
+def test_the_ready_model_of_the_extra_passes_harmless_photographs(
+    project: Callable[..., Project],
+) -> None:
+    work = photographs(project, filter={"weights": "nudenet", "mode": "drop", "threshold": 0.4})
+    assert work.run() == 0
+    rows = pool_rows(work)
+    assert {row["decision"] for row in rows.values()} == {"selected"}
+    assert all(0 <= row["unsafe"] < 0.4 for row in rows.values())
 
 
 def face_of_astronaut(image: Image.Image) -> float:
