@@ -12,6 +12,8 @@ from typing import Any
 
 from curation.images.decode import Limits
 from curation.images.encoders import DEMO_MODEL, builtin_digest, copy_thresholds
+from curation.images.faces import HAAR, FacesConfig
+from curation.images.safety import FilterConfig, packaged
 from curation.recipe import Recipe, RecipeError, Source, dump
 from curation.recipe_modes import ClusterDraw
 from curation.runtime.events import Events
@@ -70,9 +72,10 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     dedup_cfg = dedup.DedupConfig(search=how, **{**thresholds, **given, **common})
     cluster_cfg = cluster_tables.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), search=how, **common)
-    shards_cfg = shards.ShardsConfig(name=r.name, **r.shards.model_dump(), **common)
+    faces = _faces_config(r)
+    shards_cfg = shards.ShardsConfig(name=r.name, faces=faces, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
-    report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed)
+    report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed, faces)
 
     def stage(name: str, cfg: Any, reads: tuple[str, ...], run: Any) -> Stage:
         return Stage(name, dataclasses.asdict(cfg), reads, lambda f, s, x, e: run(cfg, f, s, x, e))
@@ -212,9 +215,31 @@ def embed_config(recipe: Recipe) -> embed.EmbedConfig:
         copy_weights=r.copy_descriptor.weights,
         weights_version=" ".join(versions),
         limits=Limits(**r.images.model_dump()),
+        filter=_filter_config(r),
         max_rejected_share=r.failures.max_share,
         min_images=r.failures.min_images,
     )
+
+
+def _filter_config(recipe: Recipe) -> FilterConfig | None:
+    given = recipe.safety.filter
+    if given is None:
+        return None
+    cfg = packaged(FilterConfig(**given.model_dump(), version=""))
+    version = _weights_version("safety.filter.weights", cfg.weights, "", "")
+    return dataclasses.replace(cfg, version=version)
+
+
+def _faces_config(recipe: Recipe) -> FacesConfig | None:
+    given = recipe.safety.faces
+    if given is None:
+        return None
+    haar = given.detector == HAAR
+    version = "" if haar else _weights_version("safety.faces.detector", given.detector, "", "")
+    limits = Limits(**recipe.images.model_dump())
+    cfg = FacesConfig(**given.model_dump(), limits=limits, version=version)
+    shards.load_faces(cfg)  # what can't be used is told now, not after days of embedding
+    return cfg
 
 
 def _weights_version(field: str, weights: str, kind: str, model: str) -> str:

@@ -1,6 +1,5 @@
 """The recipe: the YAML a user writes, as frozen models, with all faults reported at once."""
 
-import ipaddress
 import os
 import re
 import sys
@@ -12,11 +11,10 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 from pydantic_core import PydanticCustomError
 
 from curation.recipe_faults import faults, short
+from curation.recipe_intake import Fetch, Safety
 from curation.recipe_modes import ClusterDraw, Hierarchical, Mode, Model, Sample
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-DOMAIN = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
-USER_AGENT = re.compile(r"[A-Za-z_-]+[ -~]*")  # RFC 9309: the letters before `/` are its product
 
 
 class RecipeError(Exception):
@@ -36,29 +34,7 @@ def _uri(value: str) -> str:
     return value
 
 
-def _domain(value: str) -> str:
-    if not DOMAIN.fullmatch(value.lower()):
-        raise ValueError("must be a domain such as example.com")
-    return value.lower()
-
-
-def _network(value: str) -> str:
-    try:
-        return str(ipaddress.ip_network(value))
-    except ValueError as error:
-        raise ValueError(f"must be a network such as 10.1.0.0/16 ({error})") from None
-
-
-def _user_agent(value: str) -> str:
-    if not USER_AGENT.fullmatch(value):
-        raise ValueError("must be like lvd/0.1 (+https://example.com/crawler), a product first")
-    return value
-
-
 Name = Annotated[str, AfterValidator(_name)]
-Domain = Annotated[str, AfterValidator(_domain)]
-Network = Annotated[str, AfterValidator(_network)]
-UserAgent = Annotated[str, AfterValidator(_user_agent)]
 Uri = Annotated[str, AfterValidator(_uri)]
 
 
@@ -119,25 +95,6 @@ class Images(Model):
     max_pixels: int = Field(100_000_000, ge=1)
     max_bytes: int = Field(100_000_000, ge=1)
     max_aspect: float = Field(10.0, ge=1)
-
-
-class Fetch(Model):
-    """How URLs are fetched. Each host gets `host_connections` at a time, `host_delay_s` apart.
-
-    `deny`: domains that are never asked. `allow_networks`: private networks that may be reached,
-    such as 10.1.0.0/16; all others are refused. A worker has `connections` open at most. `robots`
-    means robots.txt and X-Robots-Tag.
-    """
-
-    user_agent: UserAgent = "lvd/0.1"
-    robots: Literal["respect", "ignore"] = "respect"
-    deny: tuple[Domain, ...] = ()
-    allow_networks: tuple[Network, ...] = ()
-    connections: int = Field(64, ge=1, le=4096)
-    host_connections: int = Field(2, ge=1)
-    host_delay_s: float = Field(0.1, ge=0)
-    timeout_s: float = Field(30.0, gt=0)
-    retries: int = Field(2, ge=0, le=10)
 
 
 class Encoder(Model):
@@ -229,6 +186,7 @@ class Recipe(Model):
     fetch: Fetch = Fetch()
     encoder: Encoder = Encoder()
     copy_descriptor: CopyDescriptor = CopyDescriptor()
+    safety: Safety = Safety()
     dedup: Dedup = Dedup()
     cluster: Cluster = Field(Cluster(), validate_default=True)
     search: Search = Search()

@@ -9,7 +9,7 @@ import pyarrow as pa
 # Raise a stage's number when what it writes changes: its outputs are then made again.
 VERSIONS = {
     "ingest": 1,
-    "embed": 1,
+    "embed": 2,
     "dedup": 1,
     "cluster": 2,
     "retrieve": 1,
@@ -68,7 +68,8 @@ PARTS = pa.schema(
     ]
 )
 
-# embed: one row a member, in the same order. `fault` is null for an image that can be used.
+# embed: one row a member, in the same order. `fault` is null for an image that can be used,
+# `unsafe` the score of the safety filter, if there is one.
 IMAGES = pa.schema(
     [
         ("id", ID),
@@ -79,6 +80,7 @@ IMAGES = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("fault", pa.string()),
+        ("unsafe", pa.float32()),
     ]
 )
 
@@ -165,6 +167,9 @@ SHARD_INDEX = pa.schema(
     ]
 )
 
+# shards: images whose faces were blurred, and how many; all others have their original bytes.
+FACES = pa.schema([("image", pa.int64()), ("faces", pa.int32())])
+
 # lineage: the whole story, one row an input image.
 LINEAGE = pa.schema(
     [
@@ -182,6 +187,8 @@ LINEAGE = pa.schema(
         ("height", pa.int32()),
         ("bytes", pa.int64()),
         ("image", pa.int64()),
+        ("unsafe", pa.float32()),
+        ("faces_blurred", pa.int32()),
     ]
 )
 

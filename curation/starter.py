@@ -15,6 +15,7 @@ seed: 0                     # same seed, same bytes
 sources:
   pool:                     # the uncurated images: folders, tars, Parquet files; local or s3://
     - {{uri: {pool}}}
+    # - {{uri: list.parquet, format: urls}}   # or .txt, .csv: fetched, as robots.txt allows
   curated:                  # sets of images that show what you want
     wanted:
       uri: {like}
@@ -36,6 +37,7 @@ images: {{min_side: 32}}      # smaller ones are rejected, with their reason
 encoder: {{model: {model}}}
 
 # copy_descriptor: {{weights: sscd_disc_mixup.torchscript.pt}}   # left out: the built-in one
+# safety: {{faces: {{detector: haar}}}}    # blurs faces in what is written; else no byte is changed
 dedup: {{k: 64}}              # thresholds: those of the copy descriptor, or min_cosine: 0.6
 cluster: {{k: {k}}}           # for hierarchical add resample: 10, which takes six times as long
 shards: {{images_per_shard: 10000}}

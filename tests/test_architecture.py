@@ -15,7 +15,12 @@ LAYERS = {
     "curation.runtime": {"curation.schema"},
     "curation.recipe_faults": set(),
     "curation.recipe_modes": {"curation.recipe_faults"},
-    "curation.recipe": {"curation.recipe_faults", "curation.recipe_modes"},
+    "curation.recipe_intake": {"curation.recipe_modes"},
+    "curation.recipe": {
+        "curation.recipe_faults",
+        "curation.recipe_intake",
+        "curation.recipe_modes",
+    },
     "curation.stages": {
         "curation.schema",
         "curation.algorithms",

@@ -107,7 +107,7 @@ def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorMo
             f" local file or s3:// uri of its weights, or use model: {DEMO_MODEL} to try things out"
         ) from None
     if weights is not None:
-        _load_exactly(net, _state_dict(weights, "encoder.weights"), model)
+        load_exactly(net, state_dict(weights, "encoder.weights"), model, "encoder.weights")
     config: dict[str, Any] = resolve_model_data_config(net)  # type: ignore[no-untyped-call]
     size = int(config["input_size"][1])
     short_side = round(size * SHORT_SIDE_RATIO)
@@ -197,7 +197,8 @@ def _builtin(kind: str, precision: str) -> VectorModel:
     return VectorModel(card["name"], net, form, precision)
 
 
-def _state_dict(data: bytes, field: str) -> dict[str, Tensor]:
+def state_dict(data: bytes, field: str) -> dict[str, Tensor]:
+    """The weights in a safetensors file or a torch state dict. Raises EncoderError for `field`."""
     try:
         state: Any = load_safetensors(data)
     except Exception:  # safetensors has its own error type for anything it can't parse
@@ -213,7 +214,7 @@ def _state_dict(data: bytes, field: str) -> dict[str, Tensor]:
     return {name: value.float() for name, value in state.items()}
 
 
-def _load_exactly(net: nn.Module, state: dict[str, Tensor], model: str) -> None:
+def load_exactly(net: nn.Module, state: dict[str, Tensor], model: str, field: str) -> None:
     """The file must hold every weight in its shape; a classifier that it also holds is ignored."""
     wanted = net.state_dict()
     missing = [name for name in wanted if name not in state]
@@ -226,7 +227,7 @@ def _load_exactly(net: nn.Module, state: dict[str, Tensor], model: str) -> None:
     if missing or wrong or extra:
         first = [f"missing {n}" for n in missing] + wrong + [f"unknown {n}" for n in extra]
         raise EncoderError(
-            f"encoder.weights: not the weights of timm's {model} ({len(first)} differences:"
+            f"{field}: not the weights of timm's {model} ({len(first)} differences:"
             f" {'; '.join(first[:3])})"
         )
     net.load_state_dict({name: state[name] for name in wanted})

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from curation.images.decode import BadImage, Decoded, Limits, decode
 from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
+from curation.images.safety import FilterConfig, SafetyFilter
 from curation.images.sources import PARQUET_ERRORS, read_parquet_rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, MapResult, Work, map_parts, timer
@@ -31,16 +32,9 @@ from curation.runtime.store import (
     read_uri,
     write_table,
 )
-from curation.schema import EXACT, IMAGES, vectors
-from curation.stages.tables import (
-    EXACT_TABLE,
-    Embedded,
-    Part,
-    column_bytes,
-    first_of_equal,
-    ids_of,
-    read_parts,
-)
+from curation.schema import IMAGES, vectors
+from curation.stages.exact import exact_duplicates
+from curation.stages.tables import Embedded, Part, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
@@ -60,18 +54,28 @@ class EmbedConfig:
     limits: Limits
     max_rejected_share: float
     min_images: int
+    filter: FilterConfig | None = None
 
     @property
     def embedding(self) -> str:
         """What the vectors depend on, besides the images."""
         models = (self.model, self.precision, self.copy_weights, self.weights_version)
-        return fingerprint(models, asdict(self.limits))
+        return fingerprint(models, asdict(self.limits), *self._filtered())
+
+    def _filtered(self) -> tuple[Any, ...]:
+        return () if self.filter is None else (asdict(self.filter),)
 
     def load(self) -> tuple[VectorModel, VectorModel]:
         """The semantic encoder and the copy descriptor. Raises EncoderError or StoreError."""
         weights = None if self.weights in ("hub", "builtin") else read_uri(self.weights)
         copy = None if self.copy_weights == "builtin" else read_uri(self.copy_weights)
         return load_semantic(self.model, weights, self.precision), load_copy_descriptor(copy)
+
+    def load_filter(self) -> SafetyFilter | None:
+        """The classifier of sensitive images, if there is one. Raises as `load` does."""
+        if self.filter is None:
+            return None
+        return SafetyFilter(self.filter, read_uri(self.filter.weights))
 
 
 def run(
@@ -99,11 +103,11 @@ def run(
     )
     if dims is not None:
         _record_failed(store, embedded, [i for i in items if i.name in result.failed], result, dims)
-    counts = _summary(store, embedded, parts)
+    counts = _summary(cfg, store, embedded, parts)
     _check_budget(cfg, counts["images"], counts["faults"])
     if empty := counts.pop("empty"):
         raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
-    counts["exact_duplicates"] = _exact_duplicates(store, embedded)
+    counts["exact_duplicates"] = exact_duplicates(store, embedded)
     for folder, path in (("images", embedded.images_path), ("vectors", embedded.vectors_path)):
         keep = {path(part) for part in parts}
         for entry in list(store.list(f"embed/{folder}")):
@@ -121,6 +125,7 @@ def run(
 def _dims(cfg: EmbedConfig) -> tuple[int, int]:
     """Loads the models here once: a wrong name or file is one clear error, before any worker."""
     semantic, copy = cfg.load()
+    cfg.load_filter()
     return semantic.dim, copy.dim
 
 
@@ -134,6 +139,7 @@ class EmbedWorker:
         self._cfg, self._store = cfg, open_store(run_uri)
         self._embedded = Embedded(cfg.embedding)
         self._semantic, self._copy = cfg.load()
+        self._filter = cfg.load_filter()
 
     def __call__(self, part: Part) -> Counts:
         images: list[dict[str, Any]] = []
@@ -147,8 +153,8 @@ class EmbedWorker:
                     found, decoded = self._examine(member, data)
                     images.append(found)
                     if decoded is not None:
-                        models = (self._semantic, self._copy)
-                        batch.append((row, [model.prepare(decoded.pixels) for model in models]))
+                        models = (self._semantic, self._copy, self._filter)
+                        batch.append((row, [m.prepare(decoded.pixels) for m in models if m]))
                     if len(batch) == self._cfg.batch:
                         self._embed(batch, images, writer, schema)
                         batch = []
@@ -165,6 +171,7 @@ class EmbedWorker:
         """The image's row, and its pixels unless it has a fault. `data` may be the fault itself."""
         row = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
         row |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
+        row |= {"unsafe": None}
         if isinstance(data, str):
             return {**row, "fault": data}, None
         row |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
@@ -197,11 +204,27 @@ class EmbedWorker:
         good = (np.abs(norms[0] - 1) < 0.01) & (np.abs(norms[1] - 1) < 0.01)
         for row, _ in (pair for pair, fine in zip(batch, good, strict=True) if not fine):
             images[row]["fault"] = "no_vector a model gave zeros or no finite numbers"
+        if self._filter is not None:
+            good &= self._judge(self._filter, batch, images)
         numbers = np.array([row for row, _ in batch], np.int32)[good]
         arrays = [pa.array(numbers)]
         for rows, name in zip(columns, ("semantic", "copy"), strict=True):
             arrays.append(_pack(rows[good], schema.field(name).type))
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+    def _judge(
+        self, judge: SafetyFilter, batch: list[Prepared], images: list[dict[str, Any]]
+    ) -> npt.NDArray[np.bool_]:
+        """Notes the scores; False for images that are dropped, among them those without one."""
+        scores = judge(np.stack([inputs[2] for _, inputs in batch]))
+        safe = scores < judge.cfg.threshold  # NaN is not
+        for (row, _), score, fine in zip(batch, scores.tolist(), safe, strict=True):
+            images[row]["unsafe"] = score
+            if judge.cfg.mode == "drop" and not fine:
+                images[row]["fault"] = (
+                    f"unsafe score {score:.3f}, must be below {judge.cfg.threshold}"
+                )
+        return safe | (judge.cfg.mode != "drop")
 
 
 def _pack(rows: npt.NDArray[np.float16], kind: pa.DataType) -> pa.Array:
@@ -298,13 +321,19 @@ def retryable(store: Store, embedded: Embedded) -> list[Part]:
     return found
 
 
-def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, Any]:
+def _summary(
+    cfg: EmbedConfig, store: Store, embedded: Embedded, parts: list[Part]
+) -> dict[str, Any]:
     """Images and rejections, every reason with its count, and the sets that have no image left."""
-    counts: dict[str, Any] = {"images": 0, "rejected": 0}
+    counts: dict[str, Any] = {"images": 0, "rejected": 0} | ({"unsafe": 0} if cfg.filter else {})
     reasons: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     for part in parts:
-        table = read_table(store, embedded.images_path(part), columns=["fault"])
+        columns = ["fault", "unsafe"] if cfg.filter else ["fault"]
+        table = read_table(store, embedded.images_path(part), columns)
+        if cfg.filter is not None:
+            scores = table["unsafe"].drop_null().to_numpy()
+            counts["unsafe"] += int((~(scores < cfg.filter.threshold)).sum())
         faults = [fault.split()[0] for fault in table["fault"].drop_null().to_pylist()]
         reasons.update(faults)
         counts["images"] += part.rows
@@ -322,26 +351,3 @@ def _check_budget(cfg: EmbedConfig, images: int, faults: Mapping[str, int]) -> N
             f"embed: {rejected} of {images} images were rejected ({dict(faults)}), more than"
             f" failures.max_share = {cfg.max_rejected_share} allows; finished parts are kept"
         )
-
-
-def _exact_duplicates(store: Store, embedded: Embedded) -> int:
-    """Writes the pool images that have an earlier one's bytes. Memory: 24 bytes a pool image.
-
-    Finds images that share the first 8 bytes of the sha256, then compares the whole ids of those.
-    """
-    numbers, prefixes = [], []
-    pool = read_parts(store, "pool")
-    for part in pool:
-        table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
-        rows = np.flatnonzero(table["fault"].is_null().to_numpy(zero_copy_only=False))
-        numbers.append(part.base + rows)
-        prefixes.append(np.ascontiguousarray(column_bytes(table, "id")[rows, :8]).view(np.uint64))
-    image, prefix = np.concatenate(numbers), np.concatenate(prefixes)[:, 0]
-    order = np.argsort(prefix, kind="stable")
-    same = np.flatnonzero(prefix[order][1:] == prefix[order][:-1])
-    suspects = np.unique(np.concatenate([image[order][same], image[order][same + 1]]))
-    first = first_of_equal(suspects, ids_of(store, embedded, pool, suspects))
-    copies = first != suspects
-    columns = [pa.array(suspects[copies]), pa.array(first[copies])]
-    write_table(store, EXACT_TABLE, pa.Table.from_arrays(columns, schema=EXACT))
-    return int(copies.sum())

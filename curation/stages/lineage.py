@@ -14,7 +14,7 @@ from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE, lineage_path
 from curation.stages.lookups import write_lookups
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
-from curation.stages.shards import PLACEMENT_TABLE
+from curation.stages.shards import FACES_TABLE, PLACEMENT_TABLE
 from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
 
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
@@ -56,6 +56,7 @@ class LineageWorker:
 
     def __init__(self, cfg: LineageConfig, run_uri: str) -> None:
         self._store, self._embedded = open_store(run_uri), Embedded(cfg.embedding)
+        self._blurred = self._store.exists(FACES_TABLE)
         self._parts = read_parts(self._store)
 
     def __call__(self, part: Part) -> Counts:
@@ -64,6 +65,7 @@ class LineageWorker:
         decisions = read_decisions(store, part).to_pylist()
         selected = _by_image(rows_of_part(store, SELECTED_TABLE, part), "retrieved_by")
         shard = _by_image(rows_of_part(store, PLACEMENT_TABLE, part), "shard")
+        faces = _by_image(rows_of_part(store, FACES_TABLE, part), "faces") if self._blurred else {}
         first = _by_image(rows_of_part(store, SAME_BYTES_TABLE, part), "first")
         firsts = ids_of(
             store, self._embedded, self._parts, np.array(list(first.values()), np.int64)
@@ -84,6 +86,8 @@ class LineageWorker:
                     "retrieved_by": selected.get(number, []),
                     "shard": shard.get(number),
                     "image": number,
+                    "unsafe": image.get("unsafe"),
+                    "faces_blurred": faces.get(number),
                     **{name: image[name] for name in ("uri", "key", "width", "height", "bytes")},
                 }
             )

@@ -12,6 +12,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from curation.images.decode import Limits
+from curation.images.faces import FacesConfig
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish, read_report
@@ -20,6 +21,7 @@ from curation.runtime.store import Store
 from curation.schema import REPORT_HTML, REPORT_JSON
 from curation.stages import report_examples as examples
 from curation.stages import report_facts as facts
+from curation.stages.shards import load_faces
 from curation.stages.tables import Embedded, read_parts
 
 STAGES = ("ingest", "embed", "dedup", "cluster", "retrieve", "shards", "lineage")
@@ -33,6 +35,7 @@ class ReportConfig:
     recipe: str
     embedding: str
     seed: int
+    faces: FacesConfig | None = None
 
 
 def run(
@@ -69,7 +72,8 @@ def collect(
     clusters = examples.cluster_examples(store, parts, sizes, cfg.seed)
     shown = [image for one in (*groups, *clusters) for image in one["images"]]
     shown += [image for query in gallery for image in (query, *query["neighbours"])]
-    thumbnails = examples.describe(store, embedded, parts, shown, Limits(**recipe["images"]))
+    show = examples.Showing(Limits(**recipe["images"]), load_faces(cfg.faces))
+    thumbnails = examples.describe(store, embedded, parts, shown, show)
     found = {
         "name": cfg.name,
         "funnel": funnel(stages),

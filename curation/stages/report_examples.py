@@ -6,6 +6,7 @@ Everything is drawn by the recipe's seed, and bounded by the constants below for
 import base64
 import hashlib
 import io
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from curation.algorithms.sampling import Ints, draw_by_cluster, priorities
 from curation.images.decode import Limits, decode
+from curation.images.faces import FaceBlur
 from curation.images.sources import read_parquet_rows
 from curation.runtime.store import Store, StoreError, read_table
 from curation.stages.cluster import assignments_path
@@ -39,6 +41,14 @@ THUMBNAIL_BYTES = 9_000  # all thumbnails together stay below 1.5 MB as base64
 QUALITIES = (82, 60, 35, 15)
 
 Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How pictures are shown: what is accepted, and with faces blurred where the recipe asks it."""
+
+    limits: Limits
+    blur: FaceBlur | None
 
 
 def gallery(
@@ -171,7 +181,7 @@ def cluster_examples(store: Store, parts: list[Part], sizes: Ints, seed: int) ->
 
 
 def describe(
-    store: Store, embedded: Embedded, parts: list[Part], items: list[Item], limits: Limits
+    store: Store, embedded: Embedded, parts: list[Part], items: list[Item], show: Showing
 ) -> dict[int, str]:
     """Adds id, key and size to items that name an image by number; returns their thumbnails.
 
@@ -188,10 +198,10 @@ def describe(
             facts = {name: image[name] for name in ("key", "width", "height")}
             known[number] = {"id": image["id"].hex(), "source": part.role, **facts}
             try:
-                data = read_original(store, part, member, limits.max_bytes)
+                data = read_original(store, part, member, show.limits.max_bytes)
                 if hashlib.sha256(data).digest() != image["id"]:
                     raise StoreError("it has changed since it was embedded")
-                thumbnails[number] = thumbnail(data, limits)
+                thumbnails[number] = thumbnail(data, show)
             except Exception as error:  # one image's source; whatever it is, the report goes on
                 known[number]["unavailable"] = str(error).rpartition(": ")[2][:120]
     for item in items:
@@ -213,9 +223,11 @@ def read_original(store: Store, part: Part, member: Item, max_bytes: int) -> byt
         return file.read(member["size"])
 
 
-def thumbnail(data: bytes, limits: Limits) -> str:
+def thumbnail(data: bytes, show: Showing) -> str:
     """A small JPEG of an image as a data URI. Raises BadImage."""
-    image = decode(data, limits).pixels
+    image = decode(data, show.limits).pixels
+    if show.blur is not None:
+        image, _ = show.blur.image(image)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
     for quality in QUALITIES:
         small = io.BytesIO()

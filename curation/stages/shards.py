@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.algorithms.sampling import Ints, priorities
+from curation.images.faces import HAAR, FaceBlur, FacesConfig
 from curation.images.sources import read_parquet_rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
@@ -27,9 +28,17 @@ from curation.runtime.store import (
     StoreError,
     open_store,
     read_table,
+    read_uri,
     write_table,
 )
-from curation.schema import PLACEMENT, PLAN, SHARD_INDEX, SHARDS_MANIFEST, SPOOL_INDEX
+from curation.schema import (
+    FACES,
+    PLACEMENT,
+    PLAN,
+    SHARD_INDEX,
+    SHARDS_MANIFEST,
+    SPOOL_INDEX,
+)
 from curation.stages.modes import id_words
 from curation.stages.retrieve import SELECTED_TABLE
 from curation.stages.tables import (
@@ -45,6 +54,7 @@ from curation.stages.tables import (
 PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
 OPEN_ARCHIVES = 64
 PLACEMENT_TABLE = "shards/placement.parquet"
+FACES_TABLE = "shards/faces.parquet"
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class ShardsConfig:
     name: str
     images_per_shard: int
     seed: int
+    faces: FacesConfig | None = None
 
 
 def run(
@@ -74,19 +85,39 @@ def run(
     for shard in range(shards):
         size = min(cfg.images_per_shard, len(placement) - shard * cfg.images_per_shard)
         items.append(Item(shard_name(shard), size, shard))
-    worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg))
+    worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg), cfg.faces)
     result = map_parts(
         Work("shards", items, lambda i: _index_path(i.payload) in have, worker), executor, events
     )
     require_all(result, "shards")
+    blurred = {"faces_blurred": _gather_faces(shards, store)} if cfg.faces else {}
     manifest = _manifest(cfg, shards, store)
     store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
-    for folder in ("spool", "plan"):
+    for folder in ("spool", "plan", "faces"):
         for entry in list(store.list(f"shards/{folder}")):
             store.delete(entry.path)
     counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
-    counts |= {"shards": shards, "computed": result.computed, "reused": result.reused}
+    counts |= {**blurred, "shards": shards, "computed": result.computed, "reused": result.reused}
     return finish(store, StageReport("shards", stage_fingerprint, counts, elapsed()))
+
+
+def load_faces(cfg: FacesConfig | None) -> FaceBlur | None:
+    """What blurs faces, if anything does. Raises EncoderError or StoreError."""
+    if cfg is None:
+        return None
+    return FaceBlur(cfg, None if cfg.detector == HAAR else read_uri(cfg.detector))
+
+
+def _gather_faces(shards: int, store: Store) -> int:
+    """Writes `shards/faces.parquet` in the order of the images; returns how many were changed."""
+    if not store.exists(FACES_TABLE):
+        found = [read_table(store, _faces_path(shard)) for shard in range(shards)]
+        write_table(store, FACES_TABLE, pa.concat_tables(found).sort_by("image"))
+    return len(read_table(store, FACES_TABLE, ["image"]))
+
+
+def _faces_path(shard: int) -> str:
+    return f"shards/faces/{shard:06d}.parquet"
 
 
 def shard_name(shard: int) -> str:
@@ -213,39 +244,50 @@ def _locations(
 class ShardWorker:
     """Writes one shard a call: for each image its bytes, one JSON of lineage, and its extras."""
 
-    def __init__(self, run_uri: str, shards_per_plan: int) -> None:
+    def __init__(self, run_uri: str, shards_per_plan: int, faces: FacesConfig | None) -> None:
         self._store, self._shards_per_plan = open_store(run_uri), shards_per_plan
+        self._blur = load_faces(faces)
         self._open: OrderedDict[tuple[str, bytes], BinaryIO] = OrderedDict()
 
     def __call__(self, shard: int) -> Counts:
         plan, group = divmod(shard, self._shards_per_plan)
         rows = read_table(self._store, f"shards/plan/{plan:06d}.parquet", row_group=group)
         index: list[dict[str, Any]] = []
+        faces: list[dict[str, int]] = []
         with self._store.publish(f"shards/{shard_name(shard)}") as scratch:
             with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as tar:
                 for row in rows.to_pylist():
-                    self._add_sample(tar, row, index)
+                    if blurred := self._add_sample(tar, row, index):
+                        faces.append({"image": row["image"], "faces": blurred})
             digest = hashlib.sha256()
             with open(scratch, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
             size = scratch.stat().st_size
         facts = {"images": str(len(rows)), "bytes": str(size), "sha256": digest.hexdigest()}
+        # The index is last: where it is, the shard is complete.
+        if self._blur is not None:
+            found = pa.Table.from_pylist(faces, schema=FACES)
+            write_table(self._store, _faces_path(shard), found)
         table = pa.Table.from_pylist(index, schema=SHARD_INDEX.with_metadata(facts))
         write_table(self._store, _index_path(shard), table)
         return {"images": len(rows), "bytes": size}
 
     def _add_sample(
         self, tar: tarfile.TarFile, row: dict[str, Any], index: list[dict[str, Any]]
-    ) -> None:
+    ) -> int:
+        """Adds an image with its lineage and extras; returns how many of its faces were blurred."""
         key = row["id"].hex()
         image = self._read(row, row["offset"], row["size"])
         if hashlib.sha256(image).digest() != row["id"]:
             raise StoreError(
                 f"{row['source']}: {row['key']} has changed since it was embedded; run again"
             )
+        image, faces = self._blur.file(image) if self._blur else (image, 0)
         lineage = {name: row[name] for name in ("key", "set", "width", "height", "retrieved_by")}
         lineage |= {"id": key, "source": row["role"]}
+        if faces:
+            lineage["faces_blurred"] = faces
         if row["metadata"]:
             lineage["metadata"] = json.loads(row["metadata"])
         members = {row["ext"]: image}
@@ -262,6 +304,7 @@ class ShardWorker:
             digest = hashlib.sha256(data).hexdigest()
             place = {"offset": offset, "size": len(data), "sha256": digest}
             index.append({"key": key, "member": info.name, **place})
+        return faces
 
     def _read(self, row: dict[str, Any], offset: int, size: int) -> bytes:
         if offset < 0:

@@ -24,7 +24,7 @@ from curation.runtime.executor import InProcessExecutor
 from curation.runtime.manifest import read_report
 from curation.runtime.store import open_store
 from curation.stages import report
-from curation.stages.report_examples import THUMBNAIL_BYTES, thumbnail
+from curation.stages.report_examples import THUMBNAIL_BYTES, Showing, thumbnail
 from curation.stages.report_facts import binned, histogram, median
 
 HOSTILE = "<script>alert(1)</script>\"'&{{7*7}}.jpg"  # a folder `<script>alert(1)<` with a file
@@ -270,7 +270,7 @@ def test_noise_makes_small_thumbnails() -> None:
     noise = np.random.default_rng(0).integers(0, 256, (600, 900, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
-    uri = thumbnail(file.getvalue(), Limits(32, 10**8, 10**8, 10))
+    uri = thumbnail(file.getvalue(), Showing(Limits(32, 10**8, 10**8, 10), None))
     small = Image.open(io.BytesIO(data := base64.b64decode(uri.partition(",")[2])))
     assert len(data) <= THUMBNAIL_BYTES
     assert small.size == (176, 117)
