@@ -20,6 +20,7 @@ from benchmarks import (
     quality,
     retrieval,
     scaling,
+    service,
     vectors,
 )
 
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "join": lambda: join.main([]),
     "retrieval": lambda: retrieval.main([]),
     "scaling": lambda: scaling.main([]),
+    "service": lambda: service.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
     "crops": lambda: crops.main([]),
