@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.specs.openapi.checks import (
@@ -63,5 +63,5 @@ def _check(case: schemathesis.Case, url: str) -> None:
 
 
 def test_it_still_answers(guarded: Served) -> None:
-    assert requests.get(f"{guarded.url}/healthz", timeout=10).status_code == 200
+    assert httpx.get(f"{guarded.url}/healthz", timeout=10).status_code == 200
     assert "Traceback" not in guarded.log.read_text()
