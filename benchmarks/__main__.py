@@ -21,6 +21,7 @@ from benchmarks import (
     quality,
     retrieval,
     scaling,
+    service,
     urls,
     vectors,
 )
@@ -36,6 +37,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "join": lambda: join.main([]),
     "retrieval": lambda: retrieval.main([]),
     "scaling": lambda: scaling.main([]),
+    "service": lambda: service.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
     "urls": lambda: urls.main([]),

@@ -74,6 +74,26 @@ def test_the_maths_knows_no_io() -> None:
             assert not bad, f"{name} imports {bad}"
 
 
+def test_only_commands_know_the_service_and_only_it_knows_the_web() -> None:
+    commands = {"curation.cli", "curation.serving"}
+    web = {"fastapi", "starlette", "uvicorn", "prometheus_client"}
+    for name, imported in modules("curation"):
+        if inside(name, {"curation.service"}):
+            continue
+        assert not any(inside(target, web) for target in imported), name
+        if name not in commands:
+            assert not any(inside(target, {"curation.service"}) for target in imported), name
+
+
+def test_the_service_only_reads() -> None:
+    """It calls nothing of a store that writes."""
+    writing = {"write", "publish", "append", "delete"}
+    for path in (ROOT / "curation" / "service").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr in writing:
+                assert "store" not in ast.unparse(node.value), f"{path.name}:{node.lineno}"
+
+
 def test_pretrain_and_curation_do_not_know_each_other() -> None:
     for package, other in (("curation", "pretrain"), ("pretrain", "curation")):
         for name, imported in modules(package):

@@ -33,7 +33,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(pages.open_pages)
     app.include_router(pages.pages)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), "static")
-    app.add_middleware(Guard, requests=service.requests, open_to_all=not config.tokens)
+    app.add_middleware(Guard, requests=service.requests, tokens=config.tokens)
     for kind in (*STATUS, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _explain)
     return app

@@ -15,6 +15,7 @@ from curation.runtime.store import StoreError, read_uri
 Scope = Literal["read", "submit"]
 COOKIE = "lvd_token"
 SHORTEST = 16
+UNAUTHORIZED = "give a token: `Authorization: Bearer TOKEN`"
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
 VARIABLES: dict[Scope, str] = {"read": "LVD_READ_TOKENS", "submit": "LVD_SUBMIT_TOKENS"}
 
@@ -96,14 +97,19 @@ _bearer = HTTPBearer(auto_error=False, description="A token with the scope `read
 
 def _scopes(
     request: Request,
-    given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],  # for the OpenAPI
 ) -> frozenset[Scope]:
     """What the request may do; browsers send the token as a cookie that scripts can't read."""
-    tokens: Tokens = request.app.state.tokens
-    token = given.credentials if given is not None else request.cookies.get(COOKIE)
-    if token is not None and tokens:
-        return tokens.scopes(token)
-    return frozenset() if tokens else frozenset({"read"})
+    return allowed(request, request.app.state.tokens)
+
+
+def allowed(request: Request, tokens: Tokens) -> frozenset[Scope]:
+    """By the bearer token or else the cookie; without any tokens to have, reading is free."""
+    if not tokens:
+        return frozenset({"read"})
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    given = token.strip() if scheme.lower() == "bearer" else request.cookies.get(COOKIE, "")
+    return tokens.scopes(given)
 
 
 Scopes = Annotated[frozenset[Scope], Depends(_scopes)]
@@ -112,9 +118,7 @@ Scopes = Annotated[frozenset[Scope], Depends(_scopes)]
 def reads(scopes: Scopes) -> None:
     """For every call that reads."""
     if "read" not in scopes:
-        raise HTTPException(
-            401, "give a token: `Authorization: Bearer TOKEN`", {"WWW-Authenticate": "Bearer"}
-        )
+        raise HTTPException(401, UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
 
 
 def submits(scopes: Scopes) -> None:

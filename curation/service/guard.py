@@ -1,13 +1,16 @@
 """Around every request: limits of size and time, where it comes from, headers, and its metrics."""
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from curation.service.auth import LOOPBACK
+from starlette.requests import Request
+
+from curation.service.auth import LOOPBACK, UNAUTHORIZED, Tokens, allowed
 from curation.service.metrics import Requests
 
 Scope = MutableMapping[str, Any]
@@ -43,10 +46,10 @@ class Refusal(Exception):
 
 
 class Guard:
-    """ASGI middleware. `open_to_all`: without tokens, so that only loopback names are served."""
+    """ASGI middleware. Without tokens only loopback names are served."""
 
-    def __init__(self, app: App, requests: Requests, open_to_all: bool) -> None:
-        self._app, self._requests, self._open = app, requests, open_to_all
+    def __init__(self, app: App, requests: Requests, tokens: Tokens) -> None:
+        self._app, self._requests, self._tokens = app, requests, tokens
         self._bodies = asyncio.Semaphore(BODIES_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,8 +72,13 @@ class Guard:
 
         try:
             self._check_origin(scope)
-            async with self._bodies if _has_body(scope) else _nothing():
-                body = await self._body(scope, receive) if _has_body(scope) else b""
+            if not _has_body(scope):
+                await self._app(scope, receive, answer)
+                return
+            self._check_token(scope)
+            limit = UPLOAD_BYTES if scope["path"].endswith("/search") else BODY_BYTES
+            async with self._bodies if limit == UPLOAD_BYTES else contextlib.nullcontext():
+                body = await _whole_body(scope, receive, limit)
                 await self._app(scope, _replay(body, receive), answer)
         except Refusal as refusal:
             await _refuse(refusal, answer)
@@ -81,39 +89,38 @@ class Guard:
     def _check_origin(self, scope: Scope) -> None:
         """No other site may post, nor reach a service without tokens under a name of its own."""
         host = _header(scope, b"host")
-        if self._open and _name(host) not in LOOPBACK:
+        if not self._tokens and _name(host) not in LOOPBACK:
             raise Refusal(421, "without tokens this service answers to localhost alone")
         origin = _header(scope, b"origin")
         if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
             raise Refusal(403, "requests from other sites are not accepted")
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, if it is small enough and comes in time."""
-        limit = UPLOAD_BYTES if scope["path"].endswith("/search") else BODY_BYTES
-        declared = _header(scope, b"content-length")
-        if declared.isdigit() and int(declared) > limit:
-            raise Refusal(413, f"at most {limit:,} bytes are accepted here")
-        chunks, size = [], 0
-        try:
-            async with asyncio.timeout(BODY_S):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Refusal(400, "the request broke off")
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > limit:
-                        raise Refusal(413, f"at most {limit:,} bytes are accepted here")
-                    if not message.get("more_body"):
-                        return b"".join(chunks)
-        except TimeoutError:
-            raise Refusal(408, f"the request did not come in {BODY_S:g} s") from None
+    def _check_token(self, scope: Scope) -> None:
+        """Nobody fills memory with bodies before it is known who they are."""
+        if scope["path"] != "/login" and not allowed(Request(scope), self._tokens):
+            raise Refusal(401, UNAUTHORIZED)
 
 
-class _nothing:
-    async def __aenter__(self) -> None: ...
-
-    async def __aexit__(self, *error: object) -> None: ...
+async def _whole_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body, if it is small enough and comes in time."""
+    declared = _header(scope, b"content-length")
+    if declared.isdigit() and int(declared) > limit:
+        raise Refusal(413, f"at most {limit:,} bytes are accepted here")
+    chunks, size = list[bytes](), 0
+    try:
+        async with asyncio.timeout(BODY_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Refusal(400, "the request broke off")
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > limit:
+                    raise Refusal(413, f"at most {limit:,} bytes are accepted here")
+                if not message.get("more_body"):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise Refusal(408, f"the request did not come in {BODY_S:g} s") from None
 
 
 def _has_body(scope: Scope) -> bool:
@@ -149,6 +156,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 async def _refuse(refusal: Refusal, send: Send) -> None:
     data = json.dumps({"error": str(refusal)}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     headers.append((b"content-length", str(len(data)).encode()))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

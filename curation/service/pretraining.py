@@ -68,7 +68,7 @@ class Pretraining:
                         points.pop()  # done again since
                     points.append((iteration, float(value)))
                     if len(points) > MAX_POINTS:
-                        del points[1:-1:2]
+                        self._series[name] = _thinned(points)
             self._last = told
 
     def summary(self) -> models.RunSummary:
@@ -96,3 +96,13 @@ class Pretraining:
             losses={name: series[name] for name in LOSSES if name in series},
             series={name: series[name] for name in SERIES if name in series},
         )
+
+
+def _thinned(points: Points) -> Points:
+    """Half of MAX_POINTS at most, evenly over the iterations; the first and the last stay."""
+    step = (points[-1][0] - points[0][0]) / (MAX_POINTS / 2)
+    kept = points[:1]
+    for point in points[1:-1]:
+        if point[0] - kept[-1][0] >= step:
+            kept.append(point)
+    return [*kept, points[-1]]

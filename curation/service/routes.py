@@ -30,7 +30,8 @@ POLL_S = 1.0
 PING_S = 15.0
 FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}  # keys are content hashes
 FAULTS: dict[int | str, dict[str, Any]] = {
-    code: {"model": models.Fault} for code in (400, 401, 403, 404, 408, 413, 421, 422, 429, 503)
+    code: {"model": models.Fault}
+    for code in (400, 401, 403, 404, 408, 413, 421, 422, 429, 502, 503)
 }
 
 probes = APIRouter(tags=["probes"])

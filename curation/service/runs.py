@@ -140,6 +140,10 @@ class Run:
             raise NotThere(f"run '{self.name}' has not come through {stage} yet")
         return report
 
+    def started(self, stage: str) -> float:
+        """When a stage began: what it wrote before that may be another recipe's."""
+        return float(self._state.get()[1].get(stage, {}).get("started", 0))
+
     def recipe(self) -> str:
         """The resolved recipe as YAML."""
         return self.store.read(RECIPE_FILE).decode()

@@ -13,10 +13,12 @@ from curation.runtime.store import Store, read_table
 from curation.schema import SHARDS_MANIFEST
 from curation.service import models
 from curation.service.cache import Cache, Fresh
-from curation.service.runs import NotThere, Run
+from curation.service.runs import READERS, NotThere, Run
 
 LIST_S = 5.0
 MANIFESTS = 4  # runs whose list of shards is kept: 15 MB for 120,000 shards
+FOOTERS = 20_000  # of shards that are being written
+INDEX = ".index.parquet"
 INDEX_BYTES = 128 << 20
 LINK_S = 900
 IMAGE_TYPES = {
@@ -32,32 +34,26 @@ KEY_DIGITS = 64
 
 @dataclass(frozen=True)
 class ShardList:
-    """Names (n,), images (n,), bytes (n,) and sha256 (n,) as bytes."""
+    """Names (n,) of shards; with a manifest also images (n,), bytes (n,) and sha256 (n,)."""
 
     names: npt.NDArray[np.bytes_]
-    images: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    digests: npt.NDArray[np.void]
-    complete: bool
+    facts: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.void]] | None
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def one(self, at: int) -> models.Shard:
-        return models.Shard(
-            shard=self.names[at].decode(),
-            images=int(self.images[at]),
-            bytes=int(self.sizes[at]),
-            sha256=bytes(self.digests[at]).hex(),
-        )
-
 
 class ShardReader:
-    """Reads shards of all runs. The manifest is read once a run; an index once while it is used."""
+    """Reads shards of all runs. The manifest is read once a run; an index once while it is used.
+
+    While shards are written only their names are listed; what is in one stands in the footer of
+    its index, which is read for the page that shows it.
+    """
 
     def __init__(self) -> None:
         self._lists: Cache[ShardList] = Cache(MANIFESTS, lambda _: 1)
         self._growing: Cache[Fresh[ShardList]] = Cache(MANIFESTS, lambda _: 1)
+        self._footers: Cache[models.Shard] = Cache(FOOTERS, lambda _: 1)
         self._indexes: Cache[pa.Table] = Cache(INDEX_BYTES, lambda table: int(table.nbytes))
 
     def shards(self, run: Run) -> ShardList:
@@ -74,9 +70,18 @@ class ShardReader:
         return models.Shards(
             total=len(shards),
             offset=offset,
-            complete=shards.complete,
-            shards=[shards.one(at) for at in page],
+            complete=shards.facts is not None,
+            shards=list(READERS.map(lambda at: self._one(run, shards, at), page)),
         )
+
+    def _one(self, run: Run, shards: ShardList, at: int) -> models.Shard:
+        name = shards.names[at].decode()
+        if shards.facts is None:
+            key = (run.path, run.started("shards"), name)
+            return self._footers.get(key, lambda: _of_footer(run.store, name))
+        images, sizes, digests = (column[at] for column in shards.facts)
+        digest = bytes(digests).hex()
+        return models.Shard(shard=name, images=int(images), bytes=int(sizes), sha256=digest)
 
     def find(self, run: Run, shard: str) -> models.Shard:
         """A shard by its name. Raises NotThere."""
@@ -85,7 +90,7 @@ class ShardReader:
         at = int(np.searchsorted(shards.names, wanted)) if len(shards) else 0
         if at == len(shards) or shards.names[at] != wanted:
             raise NotThere(f"run '{run.name}' has no shard '{shard[:80]}'")
-        return shards.one(at)
+        return self._one(run, shards, at)
 
     def index(self, run: Run, shard: models.Shard) -> pa.Table:
         """The index of a shard: one row a member."""
@@ -126,7 +131,7 @@ class ShardReader:
 
 
 def _index_path(shard: str) -> str:
-    return f"shards/{shard.removesuffix('.tar')}.index.parquet"
+    return f"shards/{shard.removesuffix('.tar')}{INDEX}"
 
 
 def _first_members(index: pa.Table) -> npt.NDArray[np.int64]:
@@ -139,32 +144,28 @@ def _first_members(index: pa.Table) -> npt.NDArray[np.int64]:
 
 def _of_manifest(store: Store) -> ShardList:
     rows = json.loads(store.read(SHARDS_MANIFEST))["shards"]
-    return _as_list(
-        [(row["name"], row["images"], row["bytes"], row["sha256"]) for row in rows], complete=True
+    digests = bytes.fromhex("".join(row["sha256"] for row in rows))
+    facts = (
+        np.array([row["images"] for row in rows], np.int64),
+        np.array([row["bytes"] for row in rows], np.int64),
+        np.frombuffer(digests, np.dtype("V32")),
     )
+    return ShardList(np.array([row["name"].encode() for row in rows], np.bytes_), facts)
 
 
 def _so_far(store: Store) -> ShardList:
-    """The shards whose index is there; it comes after the tar. Their facts stand in its footer."""
-    rows = []
-    for entry in store.list("shards"):
-        name = entry.path.removeprefix("shards/")
-        if "/" in name or not name.endswith(".index.parquet"):
-            continue
-        with store.open(entry.path) as file:
-            facts = pq.read_schema(file).metadata
-        shard = name.removesuffix(".index.parquet") + ".tar"
-        size, digest = int(facts[b"bytes"]), facts[b"sha256"].decode()
-        rows.append((shard, int(facts[b"images"]), size, digest))
-    return _as_list(rows, complete=False)
+    """The shards whose index is there; it comes after the tar."""
+    found = [entry.path.removeprefix("shards/") for entry in store.list("shards")]
+    names = [
+        name.removesuffix(INDEX).encode() + b".tar"
+        for name in found
+        if name.endswith(INDEX) and "/" not in name
+    ]
+    return ShardList(np.array(names, np.bytes_), None)
 
 
-def _as_list(rows: list[tuple[str, int, int, str]], complete: bool) -> ShardList:
-    names, images, sizes, digests = zip(*rows, strict=True) if rows else ((), (), (), ())
-    return ShardList(
-        np.array([name.encode() for name in names], np.bytes_),
-        np.array(images, np.int64),
-        np.array(sizes, np.int64),
-        np.frombuffer(bytes.fromhex("".join(digests)), np.dtype("V32")),
-        complete,
-    )
+def _of_footer(store: Store, shard: str) -> models.Shard:
+    with store.open(_index_path(shard)) as file:
+        facts = pq.read_schema(file).metadata
+    size, digest = int(facts[b"bytes"]), facts[b"sha256"].decode()
+    return models.Shard(shard=shard, images=int(facts[b"images"]), bytes=size, sha256=digest)

@@ -246,6 +246,16 @@ def test_what_is_too_large_is_refused(guarded: Served, service: Served) -> None:
     assert answer.status_code == 413
 
 
+def test_nothing_is_taken_from_who_has_no_token(guarded: Served) -> None:
+    """Refused at once: the body, which never comes, is not waited for."""
+    head = (
+        b"POST /api/runs/birds/search HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n"
+    )
+    began = time.monotonic()
+    assert raw(guarded, head).split(b" ", 2)[1] == b"401"
+    assert time.monotonic() - began < 10
+
+
 def test_a_body_without_a_length_is_counted(service: Served) -> None:
     head = b"POST /login HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
