@@ -13,13 +13,16 @@ from benchmarks import (
     components,
     copies,
     crops,
+    embed,
     join,
     kmeans,
     memory,
+    plan,
     pretrain_step,
     quality,
     retrieval,
     scaling,
+    shards,
     vectors,
 )
 
@@ -40,8 +43,13 @@ TABLES: dict[str, Callable[[], int]] = {
     "pretrain_step": lambda: pretrain_step.main([]),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
+    "shards": lambda: shards.main(["--images", str(LABELLED / "pool")]),
+    "plan": lambda: plan.main(["--images", str(LABELLED)]),
+    "embed": lambda: embed.main(
+        ["--images", str(LABELLED / "pool"), "--weights", str(SHARED / ENCODER)]
+    ),
 }
-NEED_IMAGES = {"quality", "copies"}
+NEED_IMAGES = {"quality", "copies", "shards", "plan", "embed"}
 
 
 def main(arguments: list[str] | None = None) -> int:

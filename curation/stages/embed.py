@@ -5,8 +5,9 @@ it touches. Images with the same bytes are found here, over the whole pool.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -39,11 +40,13 @@ from curation.stages.tables import (
     column_bytes,
     first_of_equal,
     ids_of,
+    read_ahead,
     read_parts,
 )
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
+GPU_DECODE_THREADS = 6  # a worker, while its GPU computes: nodes with eight have 40 to 96 cores
 NO_BYTES = "no_bytes the row holds no image"
 
 
@@ -134,6 +137,7 @@ class EmbedWorker:
         self._cfg, self._store = cfg, open_store(run_uri)
         self._embedded = Embedded(cfg.embedding)
         self._semantic, self._copy = cfg.load()
+        self._decode_threads = GPU_DECODE_THREADS if self._semantic.device.type == "cuda" else 0
 
     def __call__(self, part: Part) -> Counts:
         images: list[dict[str, Any]] = []
@@ -143,12 +147,10 @@ class EmbedWorker:
         with self._store.publish(vectors_path) as scratch:
             with pq.ParquetWriter(scratch, schema, compression=compression(schema)) as writer:
                 batch: list[Prepared] = []
-                for row, member, data in _read_part(self._store, part, self._cfg.limits.max_bytes):
-                    found, decoded = self._examine(member, data)
+                for row, found, inputs in self._prepared(part):
                     images.append(found)
-                    if decoded is not None:
-                        models = (self._semantic, self._copy)
-                        batch.append((row, [model.prepare(decoded.pixels) for model in models]))
+                    if inputs:
+                        batch.append((row, inputs))
                     if len(batch) == self._cfg.batch:
                         self._embed(batch, images, writer, schema)
                         batch = []
@@ -158,6 +160,34 @@ class EmbedWorker:
             table = pa.Table.from_pylist(images, schema=IMAGES)
             write_table(self._store, self._embedded.images_path(part), table)
         return {"images": len(images), "faults": dict(faults)}
+
+    def _prepared(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[Pixels]]]:
+        """Row, facts and each model's input (none for a fault) of every image, in order.
+
+        While a GPU computes, threads decode the next two batches.
+        """
+        read = _read_part(self._store, part, self._cfg.limits.max_bytes)
+        if not self._decode_threads:
+            for row, member, data in read:
+                yield row, *self._prepare(member, data)
+            return
+        with ThreadPoolExecutor(self._decode_threads) as pool:
+            coming: deque[tuple[int, Future[tuple[dict[str, Any], list[Pixels]]]]] = deque()
+            for row, member, data in read:
+                coming.append((row, pool.submit(self._prepare, member, data)))
+                if len(coming) > 2 * self._cfg.batch:
+                    row, future = coming.popleft()
+                    yield row, *future.result()
+            for row, future in coming:
+                yield row, *future.result()
+
+    def _prepare(
+        self, member: dict[str, Any], data: bytes | str
+    ) -> tuple[dict[str, Any], list[Pixels]]:
+        found, decoded = self._examine(member, data)
+        if decoded is None:
+            return found, []
+        return found, [model.prepare(decoded.pixels) for model in (self._semantic, self._copy)]
 
     def _examine(
         self, member: dict[str, Any], data: bytes | str
@@ -303,8 +333,9 @@ def _summary(store: Store, embedded: Embedded, parts: list[Part]) -> dict[str, A
     counts: dict[str, Any] = {"images": 0, "rejected": 0}
     reasons: Counter[str] = Counter()
     usable: Counter[str] = Counter()
-    for part in parts:
-        table = read_table(store, embedded.images_path(part), columns=["fault"])
+    for part, table in read_ahead(
+        parts, lambda part: read_table(store, embedded.images_path(part), columns=["fault"])
+    ):
         faults = [fault.split()[0] for fault in table["fault"].drop_null().to_pylist()]
         reasons.update(faults)
         counts["images"] += part.rows
@@ -331,8 +362,9 @@ def _exact_duplicates(store: Store, embedded: Embedded) -> int:
     """
     numbers, prefixes = [], []
     pool = read_parts(store, "pool")
-    for part in pool:
-        table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
+    for part, table in read_ahead(
+        pool, lambda part: read_table(store, embedded.images_path(part), columns=["id", "fault"])
+    ):
         rows = np.flatnonzero(table["fault"].is_null().to_numpy(zero_copy_only=False))
         numbers.append(part.base + rows)
         prefixes.append(np.ascontiguousarray(column_bytes(table, "id")[rows, :8]).view(np.uint64))

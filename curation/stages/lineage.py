@@ -13,8 +13,16 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
-from curation.stages.shards import PLACEMENT_TABLE
-from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
+from curation.stages.shard_plan import PLACEMENT_TABLE
+from curation.stages.tables import (
+    Embedded,
+    Part,
+    ids_of,
+    read_ahead,
+    read_decisions,
+    read_parts,
+    rows_of_part,
+)
 
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
 
@@ -41,8 +49,10 @@ def run(
     )
     require_all(result, "lineage")
     counts: dict[str, dict[str, int]] = {}
-    for part in parts:
-        column = read_table(store, lineage_path(part), ["decision"])["decision"]
+    for part, table in read_ahead(
+        parts, lambda part: read_table(store, lineage_path(part), ["decision"])
+    ):
+        column = table["decision"]
         role = counts.setdefault(part.role, dict.fromkeys(DECISIONS, 0))
         for row in column.value_counts().to_pylist():
             role[row["values"]] += row["counts"]
