@@ -44,6 +44,7 @@ MODEL, TINY = "vit_small_patch16_224", "deit_tiny_patch16_224"
 LEAST_SHARE, LEAST_TIMES, MOST_OVERHEAD = 0.85, 3.0, 0.05
 LIMITS = Limits(32, 10**8, 10**8, 10.0)
 TAR_IMAGES = 128
+TILE = 340  # pixels of a photograph in a mosaic
 
 
 def pack(images: list[Path], folder: Path) -> None:
@@ -242,42 +243,51 @@ def scaled(path: Path, side: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def drift(images: list[Path], large: list[Path], weights: Path) -> None:
+def mosaics(images: list[Path], folder: Path, count: int) -> list[Path]:
+    """Large JPEGs of nine photographs each: few photographs at hand are large themselves."""
+    made = []
+    for number in range(count):
+        tile = Image.new("RGB", (3 * TILE, 3 * TILE))
+        for place, path in enumerate(images[number * 9 : number * 9 + 9]):
+            corner = (place % 3 * TILE, place // 3 * TILE)
+            tile.paste(exactly(path).resize((TILE, TILE), Image.Resampling.BICUBIC), corner)
+        made.append(folder / f"{number:04d}.jpg")
+        tile.save(made[-1], quality=92)
+    return made
+
+
+def drift(folder: Path, images: list[Path], weights: Path, count: int) -> None:
     """Prints how near features stay in bf16, and to images decoded at a fraction of their size."""
-    data = {name: value.float() for name, value in load_file(weights).items()}
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        save_file(data, file.name)
-        content = Path(file.name).read_bytes()
-    fp32, bf16 = (load_semantic(TINY, content, p) for p in ("fp32", "bf16"))
+    save_file({n: v.float() for n, v in load_file(weights).items()}, folder / "exact.safetensors")
+    content = (folder / "exact.safetensors").read_bytes()
+    fp32, bf16 = (load_semantic(TINY, content, precision) for precision in ("fp32", "bf16"))
+    large = mosaics(images, folder, count)
+    few = images[:: max(1, len(images) // count)][:count]
+    at_scale = partial(scaled, side=fp32.form.short_side or fp32.form.size)
+    tries: list[tuple[str, list[Path], VectorModel, Callable[[Path], Image.Image]]] = [
+        ("bf16", few, bf16, exactly),
+        ("decoded by DCT at 1/2 or less", large, fp32, at_scale),
+    ]
     lines = []
-    side = fp32.form.short_side or fp32.form.size
-    for what, pictures, model, opened in (
-        ("bf16", images, bf16, exactly),
-        (
-            "DCT-scaled decoding of photographs of 512 px and more",
-            large,
-            fp32,
-            partial(scaled, side=side),
-        ),
-    ):
-        if len(pictures) < 20:
-            continue
+    for what, pictures, model, opened in tries:
         true, found = features(fp32, pictures, exactly), features(model, pictures, opened)
         cosine = (true * found).sum(axis=1)
-        lines.append(
-            [what, len(pictures), f"{cosine.mean():.5f}", f"{cosine.min():.4f}", *same(true, found)]
-        )
-    table(
-        [
-            "against fp32, exact",
-            "images",
-            "mean cosine",
-            "lowest",
-            "first neighbour the same",
-            "of four neighbours",
-        ],
-        lines,
+        figures = [f"{cosine.mean():.5f}", f"{cosine.min():.4f}", *same(true, found)]
+        lines.append([what, len(pictures), *figures])
+    head = ["DeiT-tiny against fp32, exact", "images", "mean cosine", "lowest"]
+    table([*head, "first neighbour stays", "of four neighbours stay"], lines)
+    took = {name: cpu_of(large, opened) for name, opened in (("whole", exactly), ("DCT", at_scale))}
+    print(
+        f"Decoding these: {1e3 * took['whole']:.1f} ms whole, {1e3 * took['DCT']:.1f} ms scaled.\n"
     )
+
+
+def cpu_of(images: list[Path], opened: Callable[[Path], Image.Image]) -> float:
+    """Processor seconds an image."""
+    began = cpu()
+    for path in images:
+        opened(path)
+    return (cpu() - began) / len(images)
 
 
 def same(true: Any, found: Any) -> list[str]:
@@ -299,16 +309,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=256, help="images of ViT-S")
     parser.add_argument("--steady", type=int, default=1280, help="images of Ray's overhead")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--drift", type=int, default=128, help="images of each comparison")
     parser.add_argument("--weights", type=Path, help="of DeiT-tiny")
     options = parser.parse_args(arguments)
     print(f"{machine()}\n", flush=True)
     found = sorted(path for path in options.images.iterdir() if path.is_file())
     one_thread()
     missed = 0
-    for count, measure in (
+    measures: list[tuple[int, Callable[[Path, list[Path]], int]]] = [
         (options.count, speed),
         (options.steady, lambda folder, _: overhead(folder, options.rounds)),
-    ):
+    ]
+    for count, measure in measures:
+        if not count:
+            continue
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             chosen = found[:: max(1, len(found) // count)][:count]
@@ -317,9 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
             (folder / "one" / chosen[0].name).symlink_to(chosen[0].resolve())
             missed += measure(folder, chosen)
     if options.weights:
-        few = found[:: max(1, len(found) // 512)][:512]
-        large = [path for path in found if min(Image.open(path).size) >= 512][:200]
-        drift(few, large, options.weights)
+        with tempfile.TemporaryDirectory() as name:
+            drift(Path(name), found, options.weights, options.drift)
     return missed
 
 

@@ -2,8 +2,9 @@
 
     python -m benchmarks.shards --images ../shared/bench/pool [--copies 4]
 
-Files are in the page cache. Medians of runs in turn, one thread. webdataset reads tars from their
-beginning only: its shuffle buffer stands where we read any image.
+Files are in the page cache. Medians of runs in turn, one thread; reading in processor time, so that
+other work beside it counts little. webdataset reads tars from their beginning only: its shuffle
+buffer stands where we read any image.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import io
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import webdataset
 
-from benchmarks.measuring import machine, table, target, timed
+from benchmarks.measuring import machine, table, target
 from curation.runtime.store import open_store, write_table
 from curation.schema import PLAN
 from curation.stages.shards import ShardWorker
@@ -53,12 +55,14 @@ def stream(tars: list[str], buffer: int) -> int:
     return sum(len(sample["jpg"]) for sample in samples)
 
 
-def medians(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
+def medians(ways: dict[str, Callable[[], Any]], clock: Callable[[], float]) -> dict[str, float]:
     """Seconds of each, in turns."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(RUNS):
         for name, work in ways.items():
-            taken[name].append(timed(work)[0])
+            began = clock()
+            work()
+            taken[name].append(clock() - began)
     return {name: float(np.median(seconds)) for name, seconds in taken.items()}
 
 
@@ -76,7 +80,7 @@ def reading(folder: Path, images: list[bytes]) -> int:
         "webdataset, shuffle(1000)": lambda: stream(tars, 1000),
     }
     assert all(work() == whole for work in ways.values())
-    taken = medians(ways)
+    taken = medians(ways, time.process_time)
     rates = {name: count / seconds for name, seconds in taken.items()}
     lines = [
         [name, f"{rate:,.0f}", f"{rate * whole / count / 1e6:,.0f}"] for name, rate in rates.items()
@@ -113,7 +117,7 @@ def writing(folder: Path, images: list[bytes]) -> int:
     size = (folder / "run/shards/000000.tar").stat().st_size
     block = bytes(size)
     plainly = {"write and sync": lambda: store.write("block", block), "a shard": lambda: worker(0)}
-    taken = medians(plainly)
+    taken = medians(plainly, time.perf_counter)
     rates = {name: size / seconds / 1e6 for name, seconds in taken.items()}
     table([f"{size / 1e6:.0f} MB written", "MB/s"], [[n, f"{r:,.0f}"] for n, r in rates.items()])
     share = rates["a shard"] / rates["write and sync"]
