@@ -6,7 +6,7 @@ the requests they wait for), what its GPUs compute, and what the network carries
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curation.images.effort import copy_effort, semantic_effort
 from curation.planning.composition import Sizes, shares
@@ -125,6 +125,8 @@ def _stage(job: Job, on: Hardware, name: str, steps: list[Step]) -> StagePlan:
 def _timed(job: Job, on: Hardware, step: Step) -> Timed:
     """The step's seconds on these nodes, and what they are spent on."""
     c, flop_seconds = job.c, 0.0
+    if not job.remote:
+        step = replace(step, gets=0.0, puts=0.0)
     computing = step.seconds
     if on.gpu and step.where == "gpus":
         precision = job.recipe.encoder.precision
@@ -136,9 +138,7 @@ def _timed(job: Job, on: Hardware, step: Step) -> Timed:
     workers = 1 if step.where == "driver" else on.all_cores
     if on.gpu and step.where == "gpus":
         workers = min(workers, on.all_gpus * GPU_DECODE_THREADS)
-    waiting = 0.0
-    if job.remote:
-        waiting = (step.gets + step.puts) * c["s3_request_s"] / step.together
+    waiting = (step.gets + step.puts) * c["s3_request_s"] / step.together
     on_cores = _spread(computing + waiting, step.items, workers)
     network = on.gpu.network_bytes_per_s if on.gpu else c["network_bytes_per_s"]
     nodes = 1 if step.where == "driver" else on.nodes
