@@ -13,15 +13,18 @@ from benchmarks import (
     components,
     copies,
     crops,
+    embed,
     join,
     kmeans,
     learning,
     memory,
+    plan,
     pretrain_step,
     quality,
     retrieval,
     scaling,
     service,
+    shards,
     urls,
     vectors,
 )
@@ -48,8 +51,13 @@ TABLES: dict[str, Callable[[], int]] = {
     ),
     "quality": lambda: quality.main(["--bench", str(LABELLED), "--weights", str(SHARED / ENCODER)]),
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
+    "shards": lambda: shards.main(["--images", str(LABELLED / "pool")]),
+    "plan": lambda: plan.main(["--images", str(LABELLED)]),
+    "embed": lambda: embed.main(
+        ["--images", str(LABELLED / "pool"), "--weights", str(SHARED / ENCODER)]
+    ),
 }
-NEED_IMAGES = {"learning", "quality", "copies"}
+NEED_IMAGES = {"learning", "quality", "copies", "shards", "plan", "embed"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,13 +2,16 @@
 
 import argparse
 import contextlib
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from curation import composition, pipeline, queries, serving, starter
+from curation import pipeline, queries, serving, starter
 from curation.images.encoders import EncoderError
+from curation.planning import calibrate, composition, constants, planner
 from curation.progress import Bars
 from curation.recipe import Recipe, RecipeError, load, parse
 from curation.runtime.events import Events
@@ -74,9 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"show the run at http://localhost:PORT while it goes on (default {serving.PORT})",
     )
 
-    plan = add("plan", _plan, "what a recipe will take, before it runs: images set by set")
-    plan.add_argument("recipe")
-    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    _add_plan(add("plan", _plan, "what a recipe takes, before it runs: images, hours, cost"))
+
+    calibrate = add("calibrate", _calibrate, "measure this machine for `curate plan`")
+    calibrate.add_argument("recipe", help="names the models to measure")
+    calibrate.add_argument("--images", metavar="FOLDER", help="pictures like the pool's")
+    calibrate.add_argument("--out", required=True, metavar="FILE.yaml")
 
     retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
     retry.add_argument("run")
@@ -107,6 +113,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("recipe")
+    plan.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
+    plan.add_argument("--images", metavar="N", help="in the pool, as in 1.2e9")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpus", type=int, default=0, metavar="N", help="of a node")
+    plan.add_argument("--gpu", metavar="NAME", help="v100, a100, h100, or one of --constants")
+    plan.add_argument("--cores", type=int, metavar="N", help="of a node")
+    plan.add_argument("--constants", metavar="FILE", help="written by `curate calibrate`")
+    plan.add_argument("--sources", action="store_true", help="print where each constant is from")
+
+
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     text = "a cluster's address, `local` for a Ray of its own, `off` for this process alone"
     parser.add_argument("--ray", metavar="ADDRESS|local|off", help=text)
@@ -134,9 +152,40 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    recipe = load(options.recipe, options.overrides)
-    found = composition.sizes(recipe, pipeline.ingest_config(recipe).sources)
+    recipe, pool = load(options.recipe, options.overrides), _count(options.images)
+    c = constants.load(options.constants)
+    precision = recipe.encoder.precision
+    on = planner.hardware(c, options.nodes, options.cores, options.gpus, options.gpu, precision)
+    found = composition.sizes(recipe, pipeline.ingest_config(recipe), pool)
+    stages = planner.plan(recipe, found, c, on)
     composition.print_shares(composition.shares(recipe, found), found)
+    planner.print_plan(stages, found, c, on)
+    if options.sources:
+        planner.print_sources(c)
+
+
+def _count(text: str | None) -> int | None:
+    """A number of images, as in 1200000000, 1_200_000_000 or 1.2e9."""
+    if text is None:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 1 <= number < 2**53:
+        raise RecipeError(f"--images {text}: must be a number of at least 1, as in 1.2e9")
+    return int(number)
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    recipe = load(options.recipe)
+    try:
+        with open(options.out, "w", encoding="utf-8") as file:
+            measured = calibrate.measure(recipe, options.images, print)
+            file.write(constants.dump(measured, f"curate calibrate, {time.strftime('%Y-%m-%d')}"))
+    except OSError as error:
+        raise RecipeError(f"--out {options.out}: {os.strerror(error.errno or 0)}") from None
+    print(f"wrote {options.out}; use it: curate plan {options.recipe} --constants {options.out}")
 
 
 def _retry(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,7 +95,7 @@ class Shards:
         self.uri, self.remote = storage.uri, storage.remote
         self.counts, self.fingerprint = counts, fingerprint
         self._storage, self._names, self._load = storage, names, index
-        self._starts = np.cumsum(counts) - counts
+        self._starts: list[int] = (np.cumsum(counts) - counts).tolist()
         self._cached: OrderedDict[int, Future[Index]] = OrderedDict()
         self._cached_rows = 0
         self._lock = threading.Lock()
@@ -105,8 +106,8 @@ class Shards:
 
     def read(self, sample: int) -> Sample:
         """The original bytes of an image, checked against its tar header. Errors: UserError."""
-        shard = int(np.searchsorted(self._starts, sample, "right")) - 1
-        row = sample - int(self._starts[shard])
+        shard = bisect_right(self._starts, sample) - 1
+        row = sample - self._starts[shard]
         index, name = self._index(shard), self._names[shard]
         offset, size = int(index.offsets[row]), int(index.sizes[row])
         block = self._storage.read(name, offset - BLOCK, BLOCK + size)

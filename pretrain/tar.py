@@ -6,6 +6,7 @@ Some ten times faster than `tarfile`, which makes an object of every member.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
+from zlib import adler32
 
 BLOCK = 512
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"))
@@ -39,10 +40,16 @@ class Member:
     size: int
 
 
+def _sum(half: bytes) -> int:
+    """Of up to 256 bytes: an Adler-32 begins with their sum and 1, and is made ten times faster."""
+    return (adler32(half) & 0xFFFF) - 1
+
+
 def parse_header(block: bytes) -> Header:
     """A (512,) header of ustar, GNU or old tar. Errors: ValueError when it is none."""
     # The sum of all bytes, with the field of the sum itself taken as blanks.
-    if sum(block[:148]) + 8 * 32 + sum(block[156:]) != int(block[148:156].strip(b"\0 ") or b"0", 8):
+    summed = _sum(block[:256]) + _sum(block[256:]) - sum(block[148:156]) + 8 * 32
+    if summed != int(block[148:156].strip(b"\0 ") or b"0", 8):
         raise ValueError("its checksum is wrong")
     if block[124] & 0x80:  # base 256, for 8 GiB and more
         size = int.from_bytes(block[125:136], "big")

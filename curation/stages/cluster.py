@@ -23,7 +23,7 @@ from curation.stages.cluster_tables import (
     read_centroids,
     read_objective,
 )
-from curation.stages.tables import Part, VectorView, read_parts
+from curation.stages.tables import Part, VectorView, read_ahead, read_parts
 
 
 def run(
@@ -46,9 +46,10 @@ def run(
     )
     require_all(result, "cluster")
     sizes = np.zeros(len(read_centroids(store)), np.int64)
-    for part in pool:
-        cluster = read_table(store, assignments_path(part), ["cluster"])["cluster"].to_numpy()
-        sizes += np.bincount(cluster, minlength=len(sizes))
+    for _, table in read_ahead(
+        pool, lambda part: read_table(store, assignments_path(part), ["cluster"])
+    ):
+        sizes += np.bincount(table["cluster"].to_numpy(), minlength=len(sizes))
     counts: dict[str, Any] = {"clusters": len(sizes), "images": int(sizes.sum())}
     counts |= {"empty": int((sizes == 0).sum()), "largest": int(sizes.max())}
     counts |= {"objective": read_objective(store)}

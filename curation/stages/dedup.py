@@ -8,6 +8,7 @@ edges read block by block: 17 bytes an image and 44 a group of copies (docs/memo
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from curation.stages.tables import (
     column_numpy,
     decisions_path,
     ids_of,
+    read_ahead,
     read_parts,
     usable_images,
 )
@@ -164,8 +166,8 @@ def _write_decisions(
     _offer_copies(groups, best, parts, embedded, store)
     verdicts = Verdicts(groups, best, _tainted(groups), *_holdout_ids(parts, embedded, store))
     counts = {"kept": 0, "duplicate": 0, "near_holdout": 0}
-    for part in parts:
-        table = verdicts.of(part, usable_images(store, embedded, part))
+    for part, usable in read_ahead(parts, partial(usable_images, store, embedded)):
+        table = verdicts.of(part, usable)
         write_table(store, decisions_path(part), table)
         if part.role == "pool":
             found = Counter(table["decision"].to_pylist())

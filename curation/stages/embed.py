@@ -5,8 +5,9 @@ it touches. Images with the same bytes are found here, over the whole pool.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, BinaryIO
@@ -34,10 +35,11 @@ from curation.runtime.store import (
 )
 from curation.schema import IMAGES, vectors
 from curation.stages.exact import exact_duplicates
-from curation.stages.tables import Embedded, Part, read_parts
+from curation.stages.tables import Embedded, Part, read_ahead, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
+GPU_DECODE_THREADS = 6  # a worker, while its GPU computes: nodes with eight have 40 to 96 cores
 NO_BYTES = "no_bytes the row holds no image"
 
 
@@ -140,6 +142,7 @@ class EmbedWorker:
         self._embedded = Embedded(cfg.embedding)
         self._semantic, self._copy = cfg.load()
         self._filter = cfg.load_filter()
+        self._decode_threads = GPU_DECODE_THREADS if self._semantic.device.type == "cuda" else 0
 
     def __call__(self, part: Part) -> Counts:
         images: list[dict[str, Any]] = []
@@ -149,12 +152,10 @@ class EmbedWorker:
         with self._store.publish(vectors_path) as scratch:
             with pq.ParquetWriter(scratch, schema, compression=compression(schema)) as writer:
                 batch: list[Prepared] = []
-                for row, member, data in _read_part(self._store, part, self._cfg.limits.max_bytes):
-                    found, decoded = self._examine(member, data)
+                for row, found, inputs in self._prepared(part):
                     images.append(found)
-                    if decoded is not None:
-                        models = (self._semantic, self._copy, self._filter)
-                        batch.append((row, [m.prepare(decoded.pixels) for m in models if m]))
+                    if inputs:
+                        batch.append((row, inputs))
                     if len(batch) == self._cfg.batch:
                         self._embed(batch, images, writer, schema)
                         batch = []
@@ -164,6 +165,35 @@ class EmbedWorker:
             table = pa.Table.from_pylist(images, schema=IMAGES)
             write_table(self._store, self._embedded.images_path(part), table)
         return {"images": len(images), "faults": dict(faults)}
+
+    def _prepared(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[Pixels]]]:
+        """Row, facts and each model's input (none for a fault) of every image, in order.
+
+        While a GPU computes, threads decode the next two batches.
+        """
+        read = _read_part(self._store, part, self._cfg.limits.max_bytes)
+        if not self._decode_threads:
+            for row, member, data in read:
+                yield row, *self._prepare(member, data)
+            return
+        with ThreadPoolExecutor(self._decode_threads) as pool:
+            coming: deque[tuple[int, Future[tuple[dict[str, Any], list[Pixels]]]]] = deque()
+            for row, member, data in read:
+                coming.append((row, pool.submit(self._prepare, member, data)))
+                if len(coming) > 2 * self._cfg.batch:
+                    row, future = coming.popleft()
+                    yield row, *future.result()
+            for row, future in coming:
+                yield row, *future.result()
+
+    def _prepare(
+        self, member: dict[str, Any], data: bytes | str
+    ) -> tuple[dict[str, Any], list[Pixels]]:
+        found, decoded = self._examine(member, data)
+        if decoded is None:
+            return found, []
+        models = (self._semantic, self._copy, self._filter)
+        return found, [model.prepare(decoded.pixels) for model in models if model]
 
     def _examine(
         self, member: dict[str, Any], data: bytes | str
@@ -328,9 +358,10 @@ def _summary(
     counts: dict[str, Any] = {"images": 0, "rejected": 0} | ({"unsafe": 0} if cfg.filter else {})
     reasons: Counter[str] = Counter()
     usable: Counter[str] = Counter()
-    for part in parts:
-        columns = ["fault", "unsafe"] if cfg.filter else ["fault"]
-        table = read_table(store, embedded.images_path(part), columns)
+    columns = ["fault", "unsafe"] if cfg.filter else ["fault"]
+    for part, table in read_ahead(
+        parts, lambda part: read_table(store, embedded.images_path(part), columns)
+    ):
         if cfg.filter is not None:
             scores = table["unsafe"].drop_null().to_numpy()
             counts["unsafe"] += int((~(scores < cfg.filter.threshold)).sum())

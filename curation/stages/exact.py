@@ -11,6 +11,7 @@ from curation.stages.tables import (
     column_bytes,
     first_of_equal,
     ids_of,
+    read_ahead,
     read_parts,
 )
 
@@ -22,8 +23,9 @@ def exact_duplicates(store: Store, embedded: Embedded) -> int:
     """
     numbers, prefixes = [], []
     pool = read_parts(store, "pool")
-    for part in pool:
-        table = read_table(store, embedded.images_path(part), columns=["id", "fault"])
+    for part, table in read_ahead(
+        pool, lambda part: read_table(store, embedded.images_path(part), columns=["id", "fault"])
+    ):
         rows = np.flatnonzero(table["fault"].is_null().to_numpy(zero_copy_only=False))
         numbers.append(part.base + rows)
         prefixes.append(np.ascontiguousarray(column_bytes(table, "id")[rows, :8]).view(np.uint64))

@@ -14,8 +14,17 @@ from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import LINEAGE, lineage_path
 from curation.stages.lookups import write_lookups
 from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
-from curation.stages.shards import FACES_TABLE, PLACEMENT_TABLE
-from curation.stages.tables import Embedded, Part, ids_of, read_decisions, read_parts, rows_of_part
+from curation.stages.shard_plan import PLACEMENT_TABLE
+from curation.stages.shards import FACES_TABLE
+from curation.stages.tables import (
+    Embedded,
+    Part,
+    ids_of,
+    read_ahead,
+    read_decisions,
+    read_parts,
+    rows_of_part,
+)
 
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
 
@@ -42,8 +51,10 @@ def run(
     require_all(result, "lineage")
     write_lookups(store, parts, executor, events)
     counts: dict[str, dict[str, int]] = {}
-    for part in parts:
-        column = read_table(store, lineage_path(part.part), ["decision"])["decision"]
+    for part, table in read_ahead(
+        parts, lambda part: read_table(store, lineage_path(part.part), ["decision"])
+    ):
+        column = table["decision"]
         role = counts.setdefault(part.role, dict.fromkeys(DECISIONS, 0))
         for row in column.value_counts().to_pylist():
             role[row["values"]] += row["counts"]

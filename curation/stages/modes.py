@@ -21,7 +21,15 @@ from curation.stages.cluster import assignments_path
 from curation.stages.cluster_tables import read_centroids
 from curation.stages.neighbour_plan import Join, SearchConfig
 from curation.stages.neighbours import answers, search
-from curation.stages.tables import Embedded, Part, VectorView, column_numpy, ids_of, read_parts
+from curation.stages.tables import (
+    Embedded,
+    Part,
+    VectorView,
+    column_numpy,
+    ids_of,
+    read_ahead,
+    read_parts,
+)
 
 
 @dataclass(frozen=True)
@@ -181,14 +189,17 @@ def draw(task: Task, quota: Ints, cap: int) -> pa.Table:
     seed = int(fingerprint(task.cfg.seed, task.set)[:15], 16)  # each set draws for itself
     none = ASSIGNMENTS.append(pa.field("priority", pa.uint64())).empty_table()
     blocks, held = [none], 0
-    for part in read_parts(task.store, "pool"):
+
+    def candidates(part: Part) -> pa.Table:
         table = read_table(task.store, assignments_path(part))
         table = table.filter(pa.array(quota[table["cluster"].to_numpy()] > 0))
-        if not len(table):
-            continue
-        numbers = column_numpy(table, "image")
-        words = id_words(ids_of(task.store, task.view.embedded, [part], numbers))
-        blocks.append(table.append_column("priority", pa.array(priorities(words, seed))))
+        words = id_words(
+            ids_of(task.store, task.view.embedded, [part], column_numpy(table, "image"))
+        )
+        return table.append_column("priority", pa.array(priorities(words, seed)))
+
+    for _, table in read_ahead(read_parts(task.store, "pool"), candidates):
+        blocks.append(table)
         held += len(table)
         if held > 2 * min(int(quota.sum()), cap):
             blocks = [_drawn(blocks, quota, cap)]

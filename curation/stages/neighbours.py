@@ -51,7 +51,8 @@ from curation.stages.neighbour_workers import (
 from curation.stages.tables import Part, column_numpy
 
 EXACT_ROWS = 16_384  # queries compared with a whole base together
-CHUNK_ROWS = 65_536  # rows that are partitioned or routed together
+CHUNK_ROWS = 65_536  # rows that are partitioned or routed together, more if they are very many
+MOST_CHUNKS = 4096  # each bucket reads of each chunk: above, requests outweigh the work
 BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
 SLAB_ROWS = 1_000_000  # base rows of one IVF-PQ index: 2 GB at 512 dimensions
 FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 8.6 GB at 512 dimensions
@@ -134,6 +135,11 @@ def chunks(parts: Sequence[Part], rows: int) -> tuple[Group, ...]:
     return tuple(tuple(group) for group in groups)
 
 
+def chunk_rows(images: int) -> int:
+    """Rows that are partitioned or routed together, of so many images."""
+    return max(CHUNK_ROWS, -(-images // MOST_CHUNKS))
+
+
 def _sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
     return [(number, sum(part.rows for part in group)) for number, group in enumerate(groups)]
 
@@ -150,8 +156,9 @@ def _compare_all(
 def _search(
     join: Join, query_parts: Sequence[Part], base_parts: Sequence[Part], crew: Crew
 ) -> dict[str, Any]:
-    rows = SLAB_ROWS if join.how.method == "ivfpq" else CHUNK_ROWS
-    layout = Layout(chunks(query_parts, CHUNK_ROWS), chunks(base_parts, rows))
+    asking, held = (sum(part.rows for part in parts) for parts in (query_parts, base_parts))
+    rows = SLAB_ROWS if join.how.method == "ivfpq" else chunk_rows(held)
+    layout = Layout(chunks(query_parts, chunk_rows(asking)), chunks(base_parts, rows))
     store, uri = crew.store, crew.store.uri
     if not store.exists(join.setup("sample")):
         _draw_sample(join, layout, store)

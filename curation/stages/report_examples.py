@@ -29,6 +29,7 @@ from curation.stages.tables import (
     column_numpy,
     decisions_path,
     ids_of,
+    read_ahead,
     read_decisions,
 )
 
@@ -106,11 +107,13 @@ def _neighbours(store: Store, ids: list[str]) -> dict[tuple[str, str], list[Item
 def duplicate_groups(store: Store, parts: list[Part], seed: int) -> list[Item]:
     """Groups of near-duplicates: half the largest of a sample, half as they were drawn."""
     sample = np.empty(0, np.int64)
-    for part in parts:
-        if part.role == "pool":
-            labels = read_table(store, decisions_path(part), ["component"])["component"]
-            sample = np.unique(np.r_[sample, pc.unique(labels.drop_null()).to_numpy()])
-            sample = np.sort(_drawn(sample, seed)[:GROUP_SAMPLE])
+    pool = [part for part in parts if part.role == "pool"]
+    for _, table in read_ahead(
+        pool, lambda part: read_table(store, decisions_path(part), ["component"])
+    ):
+        labels = table["component"].drop_null()
+        sample = np.unique(np.r_[sample, pc.unique(labels).to_numpy()])
+        sample = np.sort(_drawn(sample, seed)[:GROUP_SAMPLE])
     sizes, members = _members(store, parts, sample)
     largest = sample[np.argsort(-sizes, kind="stable")]
     order = [*largest[: GROUPS // 2], *_drawn(sample, seed), *largest]
@@ -137,8 +140,10 @@ def _members(store: Store, parts: list[Part], sample: Ints) -> tuple[Ints, pa.Ta
     """Sizes (n,) of the groups `sample`, and up to MEMBERS rows of each, the kept image first."""
     sizes = np.zeros(len(sample), np.int64)
     tables = []
-    for part in parts:
-        table = read_table(store, decisions_path(part), ["component", "decision", "cosine"])
+    wanted = ["component", "decision", "cosine"]
+    for part, table in read_ahead(
+        parts, lambda part: read_table(store, decisions_path(part), wanted)
+    ):
         table = table.append_column("image", pa.array(np.arange(part.base, part.base + part.rows)))
         table = table.filter(pc.is_in(table["component"], pa.array(sample)))
         label, image = column_numpy(table, "component"), column_numpy(table, "image")
@@ -159,10 +164,10 @@ def cluster_examples(store: Store, parts: list[Part], sizes: Ints, seed: int) ->
     many = np.flatnonzero(sizes >= min(CLUSTER_IMAGES, sizes.max()))
     shown = np.sort(rng.permutation(many)[:CLUSTERS])
     cluster, image = np.empty(0, np.int64), np.empty(0, np.int64)
-    for part in parts:
-        if part.role != "pool":
-            continue
-        table = read_table(store, assignments_path(part), ["image", "cluster"])
+    pool, wanted = [part for part in parts if part.role == "pool"], ["image", "cluster"]
+    for _, table in read_ahead(
+        pool, lambda part: read_table(store, assignments_path(part), wanted)
+    ):
         table = table.filter(pc.is_in(table["cluster"], pa.array(shown.astype(np.int32))))
         cluster = np.r_[cluster, column_numpy(table, "cluster")]
         image = np.r_[image, column_numpy(table, "image")]

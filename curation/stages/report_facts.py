@@ -15,7 +15,7 @@ from curation.runtime.status import stage_images
 from curation.runtime.store import Store, read_table
 from curation.stages.cluster import assignments_path
 from curation.stages.retrieve import SELECTED_TABLE
-from curation.stages.tables import Embedded, Part
+from curation.stages.tables import Embedded, Part, read_ahead
 
 EDGES = np.linspace(-1, 1, 101)  # cosines in steps of 0.02
 NONE = np.zeros(len(EDGES) - 1, np.int64)
@@ -171,10 +171,11 @@ def group_sizes(dedup: dict[str, Any]) -> dict[str, Any]:
 def cluster_sizes(store: Store, parts: list[Part], clusters: int) -> Counts:
     """Images in each cluster (k,)."""
     sizes = np.zeros(clusters, np.int64)
-    for part in parts:
-        if part.role == "pool":
-            table = read_table(store, assignments_path(part), ["cluster"])
-            sizes += np.bincount(table["cluster"].to_numpy(), minlength=clusters)
+    pool = [part for part in parts if part.role == "pool"]
+    for _, table in read_ahead(
+        pool, lambda part: read_table(store, assignments_path(part), ["cluster"])
+    ):
+        sizes += np.bincount(table["cluster"].to_numpy(), minlength=clusters)
     return sizes
 
 
@@ -197,8 +198,9 @@ def rejections(store: Store, embedded: Embedded, parts: list[Part]) -> list[dict
     """Every reason of rejection, most frequent first, with its count and the first few images."""
     counts: Counter[str] = Counter()
     examples: dict[str, list[dict[str, str]]] = {}
-    for part in parts:
-        table = read_table(store, embedded.images_path(part), ["key", "fault"])
+    for _, table in read_ahead(
+        parts, lambda part: read_table(store, embedded.images_path(part), ["key", "fault"])
+    ):
         table = table.filter(pc.is_valid(table["fault"]))
         reasons = pc.replace_substring_regex(table["fault"], "(?s) .*", "")
         _add(counts, reasons)

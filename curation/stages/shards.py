@@ -1,7 +1,7 @@
 """Selected images -> WebDataset tars with their original bytes, a seekable index and a manifest.
 
-The order is a seeded shuffle by content. A plan in the order of the shards is made first, in groups
-of files that fit in memory, so that each shard is written by one worker in one pass.
+A plan in the order of the shards is made first (`shard_plan.py`), so that each shard is written by
+one worker in one pass.
 """
 
 import hashlib
@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation.algorithms.sampling import Ints, priorities
+from curation.algorithms.sampling import Ints
 from curation.images.faces import HAAR, FaceBlur, FacesConfig
 from curation.images.sources import read_parquet_rows
 from curation.runtime.events import Events
@@ -31,29 +30,25 @@ from curation.runtime.store import (
     read_uri,
     write_table,
 )
-from curation.schema import (
-    FACES,
-    PLACEMENT,
-    PLAN,
-    SHARD_INDEX,
-    SHARDS_MANIFEST,
-    SPOOL_INDEX,
-)
-from curation.stages.modes import id_words
+from curation.schema import FACES, SHARD_INDEX, SHARDS_MANIFEST, SPOOL_INDEX
 from curation.stages.retrieve import SELECTED_TABLE
+from curation.stages.shard_plan import (
+    ORDER_TABLE,
+    PLACEMENT_TABLE,
+    PlanConfig,
+    plan,
+    plan_path,
+    shard_name,
+    spool_path,
+)
 from curation.stages.tables import (
-    Embedded,
     Part,
     by_part,
-    column_bytes,
     column_numpy,
     read_parts,
-    rows_of_part,
 )
 
-PLAN_ROWS = 500_000  # images planned together: about 0.5 GB
 OPEN_ARCHIVES = 64
-PLACEMENT_TABLE = "shards/placement.parquet"
 FACES_TABLE = "shards/faces.parquet"
 
 
@@ -74,18 +69,19 @@ def run(
     """`retrieve/selected.parquet` -> `shards/*.tar`, their indexes and `shards/manifest.json`."""
     elapsed = timer()
     begin(store, "shards", stage_fingerprint)
-    embedded = Embedded(cfg.embedding)
     have = {entry.path for entry in store.list("shards")}
     spooled = _spool(store, have, executor, events)
+    in_spool = frozenset(part.part for part in spooled)
+    planning = PlanConfig(cfg.embedding, cfg.images_per_shard, cfg.seed, in_spool)
     if PLACEMENT_TABLE not in have:
-        _plan(cfg, embedded, spooled, store)
+        plan(planning, store, executor, events)
     placement = read_table(store, PLACEMENT_TABLE, ["image"])
     shards = -(-len(placement) // cfg.images_per_shard)
     items = []
     for shard in range(shards):
         size = min(cfg.images_per_shard, len(placement) - shard * cfg.images_per_shard)
         items.append(Item(shard_name(shard), size, shard))
-    worker = partial(ShardWorker, store.uri, _shards_per_plan(cfg), cfg.faces)
+    worker = partial(ShardWorker, store.uri, planning.shards_per_plan, cfg.faces)
     result = map_parts(
         Work("shards", items, lambda i: _index_path(i.payload) in have, worker), executor, events
     )
@@ -93,9 +89,10 @@ def run(
     blurred = {"faces_blurred": _gather_faces(shards, store)} if cfg.faces else {}
     manifest = _manifest(cfg, shards, store)
     store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
-    for folder in ("spool", "plan", "faces"):
+    for folder in ("spool", "places", "plan", "faces"):
         for entry in list(store.list(f"shards/{folder}")):
             store.delete(entry.path)
+    store.delete(ORDER_TABLE)
     counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
     counts |= {**blurred, "shards": shards, "computed": result.computed, "reused": result.reused}
     return finish(store, StageReport("shards", stage_fingerprint, counts, elapsed()))
@@ -120,16 +117,8 @@ def _faces_path(shard: int) -> str:
     return f"shards/faces/{shard:06d}.parquet"
 
 
-def shard_name(shard: int) -> str:
-    return f"{shard:06d}.tar"
-
-
 def _index_path(shard: int) -> str:
     return f"shards/{shard:06d}.index.parquet"
-
-
-def _shards_per_plan(cfg: ShardsConfig) -> int:
-    return max(1, PLAN_ROWS // cfg.images_per_shard)
 
 
 def _spool(store: Store, have: set[str], executor: Executor, events: Events) -> list[Part]:
@@ -142,14 +131,10 @@ def _spool(store: Store, have: set[str], executor: Executor, events: Events) -> 
     items = [Item(p.name(), block.stop - block.start, (p, selected[block])) for p, block in wanted]
     worker = partial(SpoolWorker, store.uri)
     result = map_parts(
-        Work("shards", items, lambda i: _spool_path(i.payload[0]) in have, worker), executor, events
+        Work("shards", items, lambda i: spool_path(i.payload[0]) in have, worker), executor, events
     )
     require_all(result, "shards")
     return [part for part, _ in wanted]
-
-
-def _spool_path(part: Part) -> str:
-    return f"shards/spool/{part.part:06d}.parquet"
 
 
 class SpoolWorker:
@@ -168,7 +153,7 @@ class SpoolWorker:
         wanted = set((numbers - part.base).tolist())
         with (
             part.open_source(self._store).open(path) as file,
-            self._store.publish(_spool_path(part).replace(".parquet", ".bin")) as scratch,
+            self._store.publish(spool_path(part).replace(".parquet", ".bin")) as scratch,
             open(scratch, "wb") as out,
         ):
             stream = read_parquet_rows(file, first["offset"], part.rows)
@@ -181,64 +166,8 @@ class SpoolWorker:
                     place = {"image": part.base + row, "offset": offset, "size": len(data)}
                     rows.append({**place, "metadata": text})
                     offset += len(data)
-        write_table(self._store, _spool_path(part), pa.Table.from_pylist(rows, schema=SPOOL_INDEX))
+        write_table(self._store, spool_path(part), pa.Table.from_pylist(rows, schema=SPOOL_INDEX))
         return {"images": len(rows)}
-
-
-def _plan(cfg: ShardsConfig, embedded: Embedded, spooled: list[Part], store: Store) -> None:
-    """Writes `shards/plan/*.parquet` (a row group a shard) and where each image will be."""
-    selected = read_table(store, SELECTED_TABLE, ["image", "id"])
-    numbers = column_numpy(selected, "image")
-    ids = column_bytes(selected, "id")
-    order = np.lexsort((id_words(ids), priorities(id_words(ids), cfg.seed)))
-    position = np.empty(len(order), np.int64)
-    position[order] = np.arange(len(order))
-    span = _shards_per_plan(cfg) * cfg.images_per_shard
-    in_spool = {part.part for part in spooled}
-    for plan in range(-(-len(order) // span)):
-        mine = np.flatnonzero(position // span == plan)
-        blocks = [
-            _locations(store, embedded, part, numbers[mine[block]], part.part in in_spool)
-            for part, block in by_part(read_parts(store), numbers[mine])
-        ]
-        rows = pa.concat_tables(blocks).take(pa.array(np.argsort(position[mine])))
-        path = f"shards/plan/{plan:06d}.parquet"
-        write_table(store, path, rows, row_group_size=cfg.images_per_shard)
-    names = np.array(
-        [shard_name(s) for s in range(int(position.max()) // cfg.images_per_shard + 1)]
-    )
-    columns = [pa.array(numbers), pa.array(names[position // cfg.images_per_shard])]
-    write_table(store, PLACEMENT_TABLE, pa.Table.from_arrays(columns, schema=PLACEMENT))
-
-
-def _locations(
-    store: Store, embedded: Embedded, part: Part, numbers: Ints, spooled: bool
-) -> pa.Table:
-    """PLAN rows of some images of one part."""
-    rows = pa.array(numbers - part.base)
-    members = read_table(store, part.table, row_group=part.row_group).take(rows)
-    images = read_table(store, embedded.images_path(part)).take(rows)
-    chosen = rows_of_part(store, SELECTED_TABLE, part)
-    chosen = chosen.take(pa.array(np.searchsorted(chosen["image"].to_numpy(), numbers)))
-    count = len(numbers)
-    columns = {
-        "image": pa.array(numbers),
-        "role": pa.array([part.role] * count),
-        "set": pa.array([part.set or None] * count, pa.string()),
-        "source": pa.array([part.source or store.uri] * count),
-        "metadata": pa.nulls(count, pa.string()),
-        **{name: members[name] for name in ("key", "locator", "offset", "size", "extras")},
-        **{name: images[name] for name in ("id", "ext", "width", "height")},
-        "retrieved_by": chosen["retrieved_by"],
-    }
-    if spooled:
-        index = read_table(store, _spool_path(part))
-        index = index.take(pa.array(np.searchsorted(index["image"].to_numpy(), numbers)))
-        columns |= {name: index[name] for name in ("offset", "size", "metadata")}
-        path = _spool_path(part).replace(".parquet", ".bin").encode()
-        columns["source"] = pa.array([store.uri] * count)
-        columns["locator"] = pa.array([path] * count)
-    return pa.table([columns[name] for name in PLAN.names], schema=PLAN)
 
 
 class ShardWorker:
@@ -250,8 +179,8 @@ class ShardWorker:
         self._open: OrderedDict[tuple[str, bytes], BinaryIO] = OrderedDict()
 
     def __call__(self, shard: int) -> Counts:
-        plan, group = divmod(shard, self._shards_per_plan)
-        rows = read_table(self._store, f"shards/plan/{plan:06d}.parquet", row_group=group)
+        number, group = divmod(shard, self._shards_per_plan)
+        rows = read_table(self._store, plan_path(number), row_group=group)
         index: list[dict[str, Any]] = []
         faces: list[dict[str, int]] = []
         with self._store.publish(f"shards/{shard_name(shard)}") as scratch:

@@ -1,7 +1,10 @@
 """Reading the tables of earlier stages: the list of parts, their images, vectors and decisions."""
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +15,7 @@ from curation.runtime.store import Store, open_store, read_table
 from curation.schema import PARTS_TABLE
 
 EXACT_TABLE = "embed/exact.parquet"
+READERS = 16  # parts that a loop over parts reads at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,22 @@ def read_parts(store: Store, *roles: str) -> list[Part]:
     """The parts of some roles (all when none is named), in order."""
     rows = read_table(store, PARTS_TABLE).to_pylist()
     return [Part(**row) for row in rows if not roles or row["role"] in roles]
+
+
+Read = TypeVar("Read")
+
+
+def read_ahead(parts: Sequence[Part], read: Callable[[Part], Read]) -> Iterator[tuple[Part, Read]]:
+    """Each part with what `read` finds of it, in order; the next READERS are being read meanwhile.
+
+    For loops over very many parts in one process, which on S3 would wait for one request at a time.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        coming: deque[Future[Read]] = deque()
+        for number, part in enumerate(parts):
+            while len(coming) < READERS and number + len(coming) < len(parts):
+                coming.append(pool.submit(read, parts[number + len(coming)]))
+            yield part, coming.popleft().result()
 
 
 @dataclass(frozen=True)

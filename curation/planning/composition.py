@@ -1,7 +1,7 @@
 """What the curated sets of a recipe take, mode by mode, before any image is there: its dry run."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from curation.recipe import CuratedSource, Recipe, RecipeError, Source
 from curation.runtime.store import StoreError
@@ -10,11 +10,15 @@ from curation.stages import ingest
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images of every source; `listed` if some were counted instead of declared (tars: about)."""
+    """Images of every source, and how many of all lie in folders, not in archives.
+
+    `listed` if some were counted instead of declared (those in archives are estimated).
+    """
 
     pool: int
     curated: Mapping[str, int]
     holdout: Mapping[str, int]
+    in_folders: int = 0
     listed: bool = False
 
     @property
@@ -34,10 +38,10 @@ class Share:
     note: str = ""
 
 
-def sizes(recipe: Recipe, specs: tuple[ingest.SourceSpec, ...], pool: int | None = None) -> Sizes:
+def sizes(recipe: Recipe, cfg: ingest.IngestConfig, pool: int | None = None) -> Sizes:
     """The images that the recipe declares; sources that declare none are listed.
 
-    `pool` overrides the size of the pool. Raises RecipeError naming every source without either.
+    `pool` overrides the size of the pool. Raises RecipeError that names every one without either.
     """
     declared: dict[str, Source] = {
         f"sources.curated.{name}": one for name, one in recipe.sources.curated.items()
@@ -45,12 +49,15 @@ def sizes(recipe: Recipe, specs: tuple[ingest.SourceSpec, ...], pool: int | None
     declared |= {f"sources.holdout.{name}": one for name, one in recipe.sources.holdout.items()}
     declared |= {f"sources.pool.{n}": one for n, one in enumerate(recipe.sources.pool)}
     given = {field: _given(field, one, pool) for field, one in declared.items()}
-    counted, missing = {}, []
-    for spec in specs:
-        if given[spec.field] is None:
+    counted, missing, in_folders = {}, [], 0
+    for spec in cfg.sources:
+        if given[spec.field] is not None:
+            in_folders += given[spec.field] or 0 if spec.format == "folder" else 0
+        else:
             try:
-                (found,) = ingest.survey(ingest.IngestConfig((spec,), 1))
+                (found,) = ingest.survey(replace(cfg, sources=(spec,)))
                 counted[spec.field] = found.estimate()
+                in_folders += found.image_files
             except StoreError as error:
                 missing.append(f"{spec.field}.images: is missing, and {error}")
     if missing:
@@ -62,7 +69,7 @@ def sizes(recipe: Recipe, specs: tuple[ingest.SourceSpec, ...], pool: int | None
         return {f.removeprefix(start): n for f, n in known.items() if f.startswith(start)}
 
     in_pool = sum(of("pool").values()) if pool is None else pool
-    return Sizes(in_pool, of("curated"), of("holdout"), bool(counted))
+    return Sizes(in_pool, of("curated"), of("holdout"), in_folders, bool(counted))
 
 
 def _given(field: str, source: Source, pool: int | None) -> int | None:

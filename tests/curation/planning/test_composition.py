@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from workbench import Project
 
-from curation import composition, pipeline
+from curation import pipeline
 from curation.cli import main
+from curation.planning import composition
 from curation.recipe import load
 
-PRESET = Path(__file__).resolve().parents[2] / "recipes" / "lvd142m.yaml"
+PRESET = Path(__file__).resolve().parents[3] / "recipes" / "lvd142m.yaml"
 TOTAL = 142_109_386
 
 # Table 15: set -> (its images, retrieved, final); sets that are taken twice have two rows.
@@ -45,7 +46,7 @@ TABLE_15 = {
 
 def shares_of(path: Path, pool: int | None = None) -> list[composition.Share]:
     recipe = load(path)
-    found = composition.sizes(recipe, pipeline.ingest_config(recipe).sources, pool)
+    found = composition.sizes(recipe, pipeline.ingest_config(recipe), pool)
     return composition.shares(recipe, found)
 
 
@@ -61,7 +62,7 @@ def test_the_command_prints_it_with_its_total(capsys: pytest.CaptureFixture[str]
     assert main(["plan", str(PRESET)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("capped at 1,000,000" in line for line in lines) == 19
-    (total,) = [line for line in lines if line.startswith("total")]
+    total, _ = [line for line in lines if line.startswith("total")]  # of images, and of hours
     assert total.split()[1] == f"{TOTAL:,}"
     (voc,) = [line for line in lines if line.startswith("voc-2012-seg")]
     assert voc.endswith("1,464 images put 4 in at most 366 clusters")
