@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from curation.images.decode import BadImage, Decoded, Limits, decode
 from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
 from curation.images.safety import FilterConfig, SafetyFilter
-from curation.images.sources import PARQUET_ERRORS, read_parquet_rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, MapResult, Work, map_parts, timer
 from curation.runtime.manifest import StageReport, begin, fingerprint, finish
@@ -35,12 +34,12 @@ from curation.runtime.store import (
 )
 from curation.schema import IMAGES, vectors
 from curation.stages.exact import exact_duplicates
+from curation.stages.part_bytes import read_part
 from curation.stages.tables import Embedded, Part, read_ahead, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
 GPU_DECODE_THREADS = 6  # a worker, while its GPU computes: nodes with eight have 40 to 96 cores
-NO_BYTES = "no_bytes the row holds no image"
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class EmbedWorker:
 
         While a GPU computes, threads decode the next two batches.
         """
-        read = _read_part(self._store, part, self._cfg.limits.max_bytes)
+        read = read_part(self._store, part, self._cfg.limits.max_bytes)
         if not self._decode_threads:
             for row, member, data in read:
                 yield row, *self._prepare(member, data)
@@ -260,66 +259,6 @@ class EmbedWorker:
 def _pack(rows: npt.NDArray[np.float16], kind: pa.DataType) -> pa.Array:
     buffer = pa.py_buffer(np.ascontiguousarray(rows).tobytes())
     return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows), [None, buffer])
-
-
-def _read_part(
-    store: Store, part: Part, max_bytes: int
-) -> Iterator[tuple[int, dict[str, Any], bytes | str]]:
-    """(row, member, bytes or the reason why there are none) of a part, in order."""
-    members = read_table(store, part.table, row_group=part.row_group).to_pylist()
-    source = part.open_source(store)
-    if part.kind == "parquet":
-        yield from _read_rows(source, members)
-        return
-    archive: BinaryIO | None = None
-    try:
-        for row, member in enumerate(members):
-            fault = member["fault"]
-            if not fault and member["size"] > max_bytes:
-                fault = f"too_large {member['size']} bytes, at most {max_bytes}"
-            if fault:
-                yield row, member, fault
-                continue
-            path = member["locator"].decode("utf-8", "surrogateescape")
-            try:
-                if part.kind == "folder":
-                    yield row, member, source.read(path)
-                    continue
-                archive = archive or source.open(path)
-                archive.seek(member["offset"])
-                yield row, member, archive.read(member["size"])
-            except (StoreError, OSError) as error:
-                yield row, member, f"unreadable {str(error).rpartition(': ')[2]}"
-    finally:
-        if archive is not None:
-            archive.close()
-
-
-def _read_rows(
-    source: Store, members: list[dict[str, Any]]
-) -> Iterator[tuple[int, dict[str, Any], bytes | str]]:
-    """The rows of a Parquet part. From where the file is damaged on, each says so."""
-    fault, file = "", None
-    path = members[0]["locator"].decode("utf-8", "surrogateescape")
-    stream: Iterator[tuple[bytes | None, Any]] = iter(())
-    for row, member in enumerate(members):
-        data: bytes | None = None
-        if not (fault or member["fault"]):
-            try:
-                if file is None:
-                    file = source.open(path)
-                    stream = read_parquet_rows(file, member["offset"], len(members) - row)
-                data, _ = next(stream)
-            except StopIteration:
-                fault = "corrupt_archive it ends before this row"
-            except StoreError as error:
-                fault = f"unreadable {str(error).rpartition(': ')[2]}"
-            except PARQUET_ERRORS as error:
-                fault = f"corrupt_archive {' '.join(str(error).split())[:200]}"
-        wrong = member["fault"] or fault
-        yield row, member, wrong or (NO_BYTES if data is None else data)
-    if file is not None:
-        file.close()
 
 
 def _record_failed(
