@@ -15,6 +15,7 @@ from pretrain.losses.dino import dino_terms
 from pretrain.losses.ibot import ibot_term
 from pretrain.losses.koleo import koleo_loss
 from pretrain.masking import Masks
+from pretrain.ranges import Count, NotNegative, Positive, Share
 from pretrain.vit import Tokens, ViT, ViTConfig
 
 
@@ -25,12 +26,12 @@ class ObjectiveConfig:
     dino_head: HeadConfig
     ibot_head: HeadConfig | None = None  # None: iBOT shares the head of DINO
     centering: Literal["sinkhorn_knopp", "softmax"] = "sinkhorn_knopp"
-    sinkhorn_iterations: int = 3
-    center_momentum: float = 0.9
-    student_temperature: float = 0.1
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    sinkhorn_iterations: Count = 3
+    center_momentum: Share = 0.9
+    student_temperature: Positive = 0.1
+    dino_weight: NotNegative = 1.0
+    ibot_weight: NotNegative = 1.0
+    koleo_weight: NotNegative = 0.1
 
 
 class Batch(NamedTuple):
