@@ -23,7 +23,7 @@ class ViTConfig:
     heads: Count = 6
     ffn: Literal["mlp", "swiglu"] = "mlp"
     ffn_ratio: Positive = 4.0  # hidden / width; SwiGLU takes two thirds of it
-    layerscale: NotNegative = 1e-5
+    layerscale: Positive = 1e-5
     registers: CountOrZero = 0
     drop_path: ShareBelowOne = 0.0  # the same in all blocks
     image_size: Count = 518  # pixels; its grid is the position embedding's, others are interpolated
@@ -186,7 +186,7 @@ class ViT(nn.Module):
             if mask is not None:  # before the position embedding: a masked patch knows its place
                 patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
             p = self.config.patch_size
-            position = self._positions(crop.shape[2] // p, crop.shape[3] // p)
+            position = self.positions(crop.shape[2] // p, crop.shape[3] // p)
             first = [self.cls_token + position[:, :1]]
             if self.config.registers:  # they have no position
                 first.append(self.register_tokens)
@@ -197,7 +197,7 @@ class ViT(nn.Module):
             groups.append((len(crop), sequence.shape[1]))
         return torch.cat(packed), tuple(groups)
 
-    def _positions(self, height: int, width: int) -> torch.Tensor:
+    def positions(self, height: int, width: int) -> torch.Tensor:
         """(1, 1 + height * width, D) position embedding of a grid of patches."""
         grid, embedding = self.config.grid, self.pos_embed
         if (height, width) == (grid, grid):
