@@ -20,6 +20,9 @@ from pretrain.schedules import ScheduleConfig
 from pretrain.student_teacher import ObjectiveConfig
 from pretrain.vit import ViTConfig
 
+LEAST_BALANCED = 64  # images that Sinkhorn sees together
+LEAST_SPREAD = 16  # images among which KoLeo looks for the nearest
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -49,7 +52,7 @@ class DistillConfig:
 
     teacher: str  # the folder of a run, or a timm model's name
     weights: str = "hub"  # of a timm model: hub, or a file in timm's or the official names
-    iteration: int | None = None  # of a run; `pretrain distill` says which it took
+    iteration: CountOrZero | None = None  # of a run; `pretrain distill` says which it took
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,22 @@ class Config(BaseModel):
             raise Misfits(found)
         return self
 
-    def warnings(self) -> list[str]:
-        """Settings that are known to collapse or to learn nothing."""
+    def warnings(self, ranks: int = 1) -> list[str]:
+        """Settings that are known to collapse or to learn nothing, on so many ranks."""
         found = []
-        if self.schedule.batch < 64:
+        together = self.schedule.batch // self.parallel.accumulate
+        if together < LEAST_BALANCED:
             found.append(
                 f"schedule.batch {self.schedule.batch}: DINOv2 was trained with 2,048 and more; "
-                "below 64 Sinkhorn and KoLeo have too few images to balance, features may collapse"
+                f"of {together} at a time (batch / parallel.accumulate) Sinkhorn has too few to "
+                "balance, features may collapse"
+            )
+        alone = together // ranks
+        if self.objective.koleo_weight and alone < LEAST_SPREAD:
+            found.append(
+                f"schedule.batch {self.schedule.batch}: KoLeo spreads the {alone} images that a "
+                f"rank has at a time; below {LEAST_SPREAD} it says little: use a larger batch, "
+                "fewer ranks or less parallel.accumulate"
             )
         if self.schedule.final_teacher_temperature > 0.09:
             found.append("schedule.final_teacher_temperature above 0.09 is known to collapse")

@@ -53,7 +53,7 @@ class StepLosses(NamedTuple):
     """`total` is to be propagated back; the rest is detached."""
 
     total: torch.Tensor  # scalar
-    values: dict[str, torch.Tensor]  # unweighted: total is their sum times the weights
+    values: dict[str, torch.Tensor]  # unweighted: total is their sum times the weights (none of 0)
 
 
 class StudentTeacher(nn.Module):
@@ -113,9 +113,9 @@ class StudentTeacher(nn.Module):
         # Each view apart: two views of one image are not to be pushed from each other.
         koleo = torch.stack([koleo_loss(view) for view in seen.cls.chunk(2)]).sum()
         total = cross_entropy + config.koleo_weight * koleo
-        weights = each.new_tensor([config.dino_weight, config.dino_weight, config.ibot_weight])
-        unweighted = (each / weights).unbind()
-        values = dict(zip(("dino_global", "dino_local", "ibot"), unweighted, strict=True))
+        weights = (config.dino_weight, config.dino_weight, config.ibot_weight)
+        weighted = zip(("dino_global", "dino_local", "ibot"), each.unbind(), weights, strict=True)
+        values = {name: value / weight for name, value, weight in weighted if weight}
         values["koleo"] = koleo.detach()
         return StepLosses(total, values | _diagnostics(dino_targets))
 

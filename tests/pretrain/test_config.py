@@ -126,3 +126,15 @@ def test_a_config_is_what_it_was_written_as() -> None:
     config = load("vitg14")
     assert with_settings(config.model_dump(mode="json"), [], "again") == config
     assert Config() == load("vits14", ["model.drop_path=0.3"])
+
+
+def test_too_few_images_at_a_time_are_warned_of() -> None:
+    config = load("vits14", ["schedule.batch=256"])
+    assert config.warnings(16) == []
+    (koleo,) = config.warnings(32)
+    assert "KoLeo spreads the 8 images that a rank has" in koleo
+    assert (
+        load("vitl16_short", ["schedule.batch=256", "objective.koleo_weight=0"]).warnings(32) == []
+    )
+    sinkhorn, _ = load("vits14", ["schedule.batch=256", "parallel.accumulate=32"]).warnings()
+    assert "of 8 at a time (batch / parallel.accumulate) Sinkhorn has too few" in sinkhorn
