@@ -164,7 +164,7 @@ def _misfits(config: Config) -> Iterator[Misfit]:
         fault = f"model.heads {model.heads}: must divide model.width"
         yield Misfit(("model.heads", "model.width"), fault)
     if model.image_size < patch:
-        fault = f"model.image_size {model.image_size}: less than model.patch_size"
+        fault = f"model.image_size {model.image_size}: must be model.patch_size ({patch}) or more"
         yield Misfit(("model.image_size", "model.patch_size"), fault)
     if config.distill is not None and model.drop_path > 0:
         fault = f"model.drop_path {model.drop_path}: a distilled student drops none; say 0"
@@ -192,7 +192,9 @@ def load(name: str, settings: Sequence[str] = (), below: Mapping[str, Any] | Non
     `below`: the config of the run that this one begins from, whose values stand where neither says
     anything. Errors: UserError, with all faults.
     """
-    return with_settings(_merged(below or {}, _read(name)), settings, name)
+    # Else one setting of the objective would replace both heads of the default.
+    default = {"objective": dataclasses.asdict(Config().objective)}
+    return with_settings(_merged(_merged(default, below or {}), _read(name)), settings, name)
 
 
 def with_settings(given: Mapping[str, Any], settings: Sequence[str], where: str) -> Config:

@@ -1,5 +1,7 @@
 """What is wrong with a config is said in lines that name the settings, all at once."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -133,8 +135,15 @@ def test_too_few_images_at_a_time_are_warned_of() -> None:
     assert config.warnings(16) == []
     (koleo,) = config.warnings(32)
     assert "KoLeo spreads the 8 images that a rank has" in koleo
-    assert (
-        load("vitl16_short", ["schedule.batch=256", "objective.koleo_weight=0"]).warnings(32) == []
-    )
+    assert load("vits14", ["schedule.batch=256", "objective.koleo_weight=0"]).warnings(32) == []
     sinkhorn, _ = load("vits14", ["schedule.batch=256", "parallel.accumulate=32"]).warnings()
     assert "of 8 at a time (batch / parallel.accumulate) Sinkhorn has too few" in sinkhorn
+
+
+def test_one_setting_of_the_objective_leaves_the_heads() -> None:
+    whole = load("vits14").objective
+    assert whole.ibot_head is not None
+    assert load("vits14", ["objective.koleo_weight=0"]).objective == replace(whole, koleo_weight=0)
+    fewer = load("vits14", ["objective.dino_head.prototypes=64"]).objective
+    assert fewer == replace(whole, dino_head=replace(whole.dino_head, prototypes=64))
+    assert load("vits14", ["objective.ibot_head=null"]).objective.ibot_head is None
