@@ -21,7 +21,7 @@ def embedded(vit: nn.Module, crops: torch.Tensor, mask: torch.Tensor | None) -> 
     """(B, 3, H, W) -> (B, 1 + N, D); for models without registers."""
     assert isinstance(vit, ViT)
     patches = vit.patch_embed.proj(crops)
-    position = vit._positions(*patches.shape[2:])
+    position = vit.positions(*patches.shape[2:])
     patches = patches.flatten(2).transpose(1, 2)
     if mask is not None:
         patches = torch.where(mask[..., None], vit.mask_token, patches)

@@ -80,7 +80,7 @@ def _begin(chosen: "Config", out: Path, weights: Path | None) -> None:
 
     if checkpoint.folders(out):
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
-    _warn(chosen.warnings())
+    _warn(chosen.warnings(int(os.environ.get("WORLD_SIZE", "1"))))
     source = open_source(chosen.data.shards, check=_is_first_rank())
     out.mkdir(parents=True, exist_ok=True)
     train(chosen, source, out, Begin(weights=weights))

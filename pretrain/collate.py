@@ -22,6 +22,7 @@ class BadSample(NamedTuple):
     shard: str
     key: str
     reason: str  # its first word is a stable name
+    position: int = -1  # in the run, of what it was to be; -1: outside of a run
 
 
 class Batch(NamedTuple):

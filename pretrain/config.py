@@ -1,12 +1,12 @@
 """What a run is made of: frozen sections, read from YAML, all faults told at once."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -15,20 +15,24 @@ from pretrain.crops import CropConfig
 from pretrain.errors import UserError
 from pretrain.heads import HeadConfig
 from pretrain.masking import MaskingConfig
+from pretrain.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareBelowOne
 from pretrain.schedules import ScheduleConfig
 from pretrain.student_teacher import ObjectiveConfig
 from pretrain.vit import ViTConfig
+
+LEAST_BALANCED = 64  # images that Sinkhorn sees together
+LEAST_SPREAD = 16  # images among which KoLeo looks for the nearest
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and what is done to its gradients."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    layer_decay: float = 1.0  # of the learning rate, by block from the last to the first
-    patch_embed_lr: float = 0.2  # times the others'
-    clip: float = 3.0  # norm of the gradients of each network
-    most_skipped: int = 20  # steps in a row whose loss or gradients are not finite
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    layer_decay: Positive = 1.0  # of the learning rate, by block from the last to the first
+    patch_embed_lr: NotNegative = 0.2  # times the others'
+    clip: Positive = 3.0  # norm of the gradients of each network
+    most_skipped: Count = 20  # steps in a row whose loss or gradients are not finite
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,10 @@ class DataConfig:
     """Where samples come from and how they are drawn; see `stream.StreamConfig`."""
 
     shards: str = ""  # a folder or s3://bucket/prefix; --shards says it
-    seed: int = 0
-    window: int = 1 << 17  # samples that are shuffled together
-    workers: int = 4  # processes a rank
-    max_bad_share: float = 0.01
+    seed: CountOrZero = 0
+    window: Count = 1 << 17  # samples that are shuffled together
+    workers: CountOrZero = 4  # processes a rank
+    max_bad_share: Share = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,20 +52,21 @@ class DistillConfig:
 
     teacher: str  # the folder of a run, or a timm model's name
     weights: str = "hub"  # of a timm model: hub, or a file in timm's or the official names
-    iteration: int | None = None  # of a run; `pretrain distill` says which it took
+    iteration: CountOrZero | None = None  # of a run; `pretrain distill` says which it took
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """How a step is spread over ranks and over time.
 
-    `precision: auto` is bf16 where the GPU has it, fp16 with loss scaling on older ones (V100), and
-    fp32 on a CPU. `mode: auto` is fsdp with several GPUs, ddp with several CPU processes.
+    `precision: auto` is bf16 where the GPU has it, fp16 with loss scaling on older ones (V100); on
+    a CPU bf16 where it has AMX, else fp32. `mode: auto` is fsdp with several GPUs, ddp with several
+    CPU processes.
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     mode: Literal["auto", "ddp", "fsdp"] = "auto"
-    accumulate: int = 1  # batches of a rank that make up one step
+    accumulate: Count = 1  # batches of a rank that make up one step
     activation_checkpointing: bool = False
     compile: bool = False
 
@@ -70,11 +75,26 @@ class ParallelConfig:
 class WatchConfig:
     """What is written down, and how often, in iterations. 0: never."""
 
-    log_every: int = 10
-    checkpoint_every: int = 1000
-    keep: int = 3  # checkpoints
-    evaluate_every: int = 0
+    log_every: CountOrZero = 10
+    checkpoint_every: CountOrZero = 1000
+    keep: Count = 3  # checkpoints
+    evaluate_every: CountOrZero = 0
     evaluate_on: str = ""  # a folder with a folder a class
+
+
+class Misfit(NamedTuple):
+    """Settings that are right alone and wrong together."""
+
+    settings: tuple[str, ...]  # dotted
+    fault: str
+
+
+class Misfits(ValueError):
+    """All that are in a config."""
+
+    def __init__(self, found: Sequence[Misfit]) -> None:
+        super().__init__("\n".join(one.fault for one in found))
+        self.found = found
 
 
 class Config(BaseModel):
@@ -95,40 +115,69 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        patch, faults = self.model.patch_size, []
-        for name in ("global_size", "local_size"):
-            size = getattr(self.crops, name)
-            if size % patch:
-                near = f"{size // patch * patch} or {(size // patch + 1) * patch}"
-                faults.append(f"crops.{name} {size}: no multiple of model.patch_size; say {near}")
-        if self.model.width % self.model.heads:
-            faults.append(f"model.heads {self.model.heads}: must divide model.width")
-        if self.watch.evaluate_every and not self.watch.evaluate_on:
-            faults.append("watch.evaluate_on: name a labelled folder, or set evaluate_every to 0")
-        for name in ("iterations", "batch"):
-            if getattr(self.schedule, name) < 1:
-                faults.append(f"schedule.{name} {getattr(self.schedule, name)}: must be 1 or more")
-        if self.schedule.warmup > self.schedule.iterations:
-            faults.append(f"schedule.warmup {self.schedule.warmup}: more than schedule.iterations")
-        if self.parallel.accumulate < 1:
-            faults.append(f"parallel.accumulate {self.parallel.accumulate}: must be 1 or more")
-        if faults:
-            raise ValueError("\n".join(faults))
+        found = list(_misfits(self))
+        if found:
+            raise Misfits(found)
         return self
 
-    def warnings(self) -> list[str]:
-        """Settings that are known to collapse or to learn nothing."""
+    def warnings(self, ranks: int = 1) -> list[str]:
+        """Settings that are known to collapse or to learn nothing, on so many ranks."""
         found = []
-        if self.schedule.batch < 64:
+        together = self.schedule.batch // self.parallel.accumulate
+        if together < LEAST_BALANCED:
             found.append(
                 f"schedule.batch {self.schedule.batch}: DINOv2 was trained with 2,048 and more; "
-                "below 64 Sinkhorn and KoLeo have too few images to balance, features may collapse"
+                f"of {together} at a time (batch / parallel.accumulate) Sinkhorn has too few to "
+                "balance, features may collapse"
+            )
+        alone = together // ranks
+        if self.objective.koleo_weight and alone < LEAST_SPREAD:
+            found.append(
+                f"schedule.batch {self.schedule.batch}: KoLeo spreads the {alone} images that a "
+                f"rank has at a time; below {LEAST_SPREAD} it says little: use a larger batch, "
+                "fewer ranks or less parallel.accumulate"
             )
         if self.schedule.final_teacher_temperature > 0.09:
             found.append("schedule.final_teacher_temperature above 0.09 is known to collapse")
         if self.objective.centering == "softmax" and self.objective.center_momentum > 0.99:
             found.append("objective.center_momentum above 0.99 lags too far behind the teacher")
         return found
+
+
+def _misfits(config: Config) -> Iterator[Misfit]:
+    model, crops, masks = config.model, config.crops, config.masks
+    schedule, watch = config.schedule, config.watch
+    patch = model.patch_size
+    for name in ("global_size", "local_size"):
+        size = getattr(crops, name)
+        if size % patch:
+            near = sorted({max(size // patch, 1) * patch, (size // patch + 1) * patch})
+            say = " or ".join(map(str, near))
+            fault = f"crops.{name} {size}: no multiple of model.patch_size; say {say}"
+            yield Misfit((f"crops.{name}", "model.patch_size"), fault)
+    for name in ("global_scale", "local_scale"):
+        low, high = getattr(crops, name)
+        if not 0 < low <= high <= 1:
+            fault = f"crops.{name} {low}, {high}: must be 0 < low <= high <= 1"
+            yield Misfit((f"crops.{name}",), fault)
+    if model.width % model.heads:
+        fault = f"model.heads {model.heads}: must divide model.width"
+        yield Misfit(("model.heads", "model.width"), fault)
+    if model.image_size < patch:
+        fault = f"model.image_size {model.image_size}: must be model.patch_size ({patch}) or more"
+        yield Misfit(("model.image_size", "model.patch_size"), fault)
+    if config.distill is not None and model.drop_path > 0:
+        fault = f"model.drop_path {model.drop_path}: a distilled student drops none; say 0"
+        yield Misfit(("distill", "model.drop_path"), fault)
+    if masks.least_ratio > masks.most_ratio:
+        fault = f"masks.least_ratio {masks.least_ratio}: more than masks.most_ratio"
+        yield Misfit(("masks.least_ratio", "masks.most_ratio"), fault)
+    if schedule.warmup > schedule.iterations:
+        fault = f"schedule.warmup {schedule.warmup}: more than schedule.iterations"
+        yield Misfit(("schedule.warmup", "schedule.iterations"), fault)
+    if watch.evaluate_every and not watch.evaluate_on:
+        fault = "watch.evaluate_on: name a labelled folder, or set evaluate_every to 0"
+        yield Misfit(("watch.evaluate_every", "watch.evaluate_on"), fault)
 
 
 def shipped() -> list[str]:
@@ -143,7 +192,9 @@ def load(name: str, settings: Sequence[str] = (), below: Mapping[str, Any] | Non
     `below`: the config of the run that this one begins from, whose values stand where neither says
     anything. Errors: UserError, with all faults.
     """
-    return with_settings(_merged(below or {}, _read(name)), settings, name)
+    # Else one setting of the objective would replace both heads of the default.
+    default = {"objective": dataclasses.asdict(Config().objective)}
+    return with_settings(_merged(_merged(default, below or {}), _read(name)), settings, name)
 
 
 def with_settings(given: Mapping[str, Any], settings: Sequence[str], where: str) -> Config:
@@ -162,7 +213,42 @@ def parse(given: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(given)
     except ValidationError as error:
         lines = [line for one in error.errors() for line in _fault(one).split("\n")]
+        lines += _hidden_misfits(given, [one["loc"] for one in error.errors()])
         raise UserError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _hidden_misfits(given: Mapping[str, Any], wrong: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Faults that pydantic has not come to, since settings are `wrong` by themselves.
+
+    They are looked for with defaults in the place of those; what concerns these is left out.
+    """
+    try:
+        Config.model_validate(_without(given, wrong))
+    except ValidationError as error:
+        causes = [one["ctx"]["error"] for one in error.errors() if one["type"] == "value_error"]
+        found = [one for cause in causes if isinstance(cause, Misfits) for one in cause.found]
+        paths = {tuple(map(str, loc)) for loc in wrong}
+        return [
+            one.fault
+            for one in found
+            if not any(tuple(s.split("."))[: len(p)] == p for s in one.settings for p in paths)
+        ]
+    return []
+
+
+def _without(given: Mapping[str, Any], wrong: Sequence[tuple[Any, ...]]) -> dict[str, Any]:
+    """The mapping less the settings at the paths, or the sections that lack one."""
+    kept = {}
+    for key, value in given.items():
+        below = [loc[1:] for loc in wrong if loc and loc[0] == key]
+        if () in below:
+            continue
+        if below and not isinstance(value, Mapping):  # an element of a list
+            continue
+        if any(len(loc) == 1 and loc[0] not in value for loc in below):
+            continue
+        kept[key] = _without(value, below) if below else value
+    return kept
 
 
 def to_yaml(config: Config) -> str:
@@ -218,8 +304,7 @@ def _fault(one: Any) -> str:
         near = get_close_matches(path[-1], _keys(path[:-1]), 1)
         return f"{dotted}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
     if one["type"] == "value_error":
-        text = str(one["ctx"]["error"])
-        return f"{dotted}.{text}" if dotted else text
+        return str(one["ctx"]["error"])
     if one["type"] == "missing":
         return f"{dotted}: is missing"
     return f"{dotted} {one['input']!r}: {one['msg'][0].lower()}{one['msg'][1:]}"

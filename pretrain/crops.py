@@ -8,21 +8,22 @@ follow from them alone. Operations, order and probabilities are those of faceboo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
 from pretrain.decode import Pixels
-from pretrain.errors import UserError
 from pretrain.pixels import finish
+from pretrain.ranges import CountOrZero
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 GLOBAL_CROPS = 2
-MIN_SIDE = 5  # what a blur of 9 taps needs
+Side = Annotated[int, Field(ge=5)]  # pixels; what a blur of 9 taps needs
 RATIO = (3 / 4, 4 / 3)  # width : height
 JITTER_PROBABILITY, GREY_PROBABILITY, FLIP_PROBABILITY = 0.8, 0.2, 0.5
 JITTER_LOW = np.array([0.6, 0.6, 0.8, -0.1])  # brightness, contrast, saturation, hue
@@ -46,25 +47,12 @@ DRAWS = 36
 class CropConfig:
     """Sides in pixels; scales are shares of the image's area."""
 
-    global_size: int = 224
-    local_size: int = 98
-    local_crops: int = 8
+    global_size: Side = 224
+    local_size: Side = 98
+    local_crops: CountOrZero = 8
     global_scale: tuple[float, float] = (0.32, 1.0)
     local_scale: tuple[float, float] = (0.05, 0.32)
     blur: Literal["paper", "official"] = "paper"
-
-    def __post_init__(self) -> None:
-        for name in ("global_size", "local_size"):
-            if getattr(self, name) < MIN_SIDE:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {MIN_SIDE} pixels")
-        if self.local_crops < 0:
-            raise UserError(f"local_crops {self.local_crops}: must not be below 0")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise UserError(f"{name} {low}, {high}: must be 0 < low <= high <= 1")
-        if self.blur not in BLUR_PROBABILITY:
-            raise UserError(f"blur {self.blur}: must be one of {', '.join(BLUR_PROBABILITY)}")
 
 
 @dataclass(frozen=True)

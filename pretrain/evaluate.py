@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import precision
+from pretrain.errors import UserError
 from pretrain.export import load_run
 from pretrain.knn_eval import (
     Features,
     effective_rank,
     extract,
-    held_out,
     knn_accuracy,
     linear_accuracy,
+    parted,
 )
 from pretrain.labelled import LabelledLoader, open_labelled
 
@@ -34,8 +35,13 @@ def evaluate(run: Path, what: Evaluation) -> dict[str, Any]:
     device = precision.this_device(0)
     chosen = precision.choose(config.parallel.precision, device)
     backbone = model.teacher["backbone"].to(device)
+    patch = config.model.patch_size
+    if what.size < 0 or 0 < what.size < patch:
+        raise UserError(f"--size {what.size}: must be {patch} or more, the side of a patch")
+    if what.workers < 0:
+        raise UserError(f"--workers {what.workers}: must be 0 or more")
     size = what.size or config.crops.global_size
-    size -= size % config.model.patch_size
+    size -= size % patch
     known = open_labelled(what.train)
     loader = LabelledLoader(known, what.batch, size, what.workers)
     train = extract(backbone, loader, chosen)
@@ -46,8 +52,7 @@ def evaluate(run: Path, what: Evaluation) -> dict[str, Any]:
         test = extract(backbone, loader, chosen)
         bad += len(loader.bad)
     else:
-        apart = held_out(len(train.labels))
-        train, test = train.only(~apart), train.only(apart)
+        train, test = parted(train)
     return {
         "iterations": iterations,
         "classes": len(known.classes),

@@ -3,10 +3,12 @@ transformers load."""
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain import checkpoint, weights
@@ -14,7 +16,7 @@ from pretrain.collate import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.config import Config, parse
 from pretrain.errors import UserError
 from pretrain.student_teacher import StudentTeacher
-from pretrain.vit import ViT, ViTConfig
+from pretrain.vit import VIT_SIZES, ViT, ViTConfig
 
 Format = Literal["timm", "dinov2", "transformers"]
 
@@ -44,32 +46,57 @@ def read_config(run: Path) -> Config:
 def export(run: Path, kind: Format, out: Path) -> Path:
     """Writes `out`/model.safetensors, and config.json where the library reads one.
 
-    timm: `timm.create_model(ARCHITECTURE, checkpoint_path=…)`, config.json names the architecture.
-    dinov2: `load_state_dict` of the official `DinoVisionTransformer`. transformers:
-    `Dinov2Model.from_pretrained(out)`. Errors: UserError.
+    timm: `timm.create_model("local-dir:OUT", pretrained=True)`. transformers:
+    `AutoModel.from_pretrained(OUT)`. Both interpolate position embeddings in ways of their own, so
+    theirs has the grid of the global crops that the run was trained with: outputs are equal at that
+    size, and differ by some per cent at others. dinov2: `load_state_dict` of the official
+    `DinoVisionTransformer`, which interpolates as we do: the model's own grid, equal at all sizes.
+    Errors: UserError.
     """
     config, model, iterations = load_run(run)
     backbone = model.teacher["backbone"]
     assert isinstance(backbone, ViT)
-    state = {name: value.detach().contiguous() for name, value in backbone.state_dict().items()}
+    state = {name: value.detach() for name, value in backbone.state_dict().items()}
     description: dict[str, Any] = {}
-    if kind == "timm":
-        state, description = weights.to_timm(state), _timm(config.model)
-    elif kind == "transformers":
-        state, description = weights.to_transformers(state), _transformers(config.model)
+    if kind != "dinov2":
+        seen = replace(config.model, image_size=config.crops.global_size)
+        state["pos_embed"] = backbone.positions(seen.grid, seen.grid).detach()
+        if kind == "timm":
+            state, description = weights.to_timm(state), _timm(seen)
+        else:
+            state, description = weights.to_transformers(state), _transformers(seen)
+    try:
+        _write(out, state, iterations, description)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out}: can't be written: {why}") from None
+    return out / "model.safetensors"
+
+
+def _write(out: Path, state: weights.State, iterations: int, description: dict[str, Any]) -> None:
+    """The weights appear complete or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     facts = {"format": "pt", "lvd_iterations": str(iterations)}
     partial = out / "model.safetensors.partial"
     save_file({name: value.contiguous().clone() for name, value in state.items()}, partial, facts)
-    os.replace(partial, out / "model.safetensors")
     if description:
         (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    return out / "model.safetensors"
+    os.replace(partial, out / "model.safetensors")
 
 
 def _timm(model: ViTConfig) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer, as timm keeps them beside weights."""
-    swiglu = {"mlp_layer": "SwiGLUPacked", "act_layer": "silu", "mlp_ratio": _swiglu_ratio(model)}
+    """A model of timm's and the arguments that make it this one, as timm keeps them beside weights.
+
+    SwiGLU is a class, which JSON can't name: it comes with the giant model.
+    """
+    shape = {"width": model.width, "depth": model.depth, "heads": model.heads}
+    sizes = [
+        name
+        for name, size in VIT_SIZES.items()
+        if {"ffn": "mlp", **size} == {**shape, "ffn": model.ffn}
+    ]
+    name = "giant" if model.ffn == "swiglu" else next(iter(sizes), "small")
+    architecture = f"vit_{name}_patch14{'_reg4' if model.registers else ''}_dinov2"
     arguments: dict[str, Any] = {
         "img_size": model.image_size,
         "patch_size": model.patch_size,
@@ -80,7 +107,7 @@ def _timm(model: ViTConfig) -> dict[str, Any]:
         "reg_tokens": model.registers,
         "no_embed_class": model.registers > 0,
         "dynamic_img_size": True,
-        **(swiglu if model.ffn == "swiglu" else {"mlp_ratio": model.ffn_ratio}),
+        "mlp_ratio": _swiglu_ratio(model) if model.ffn == "swiglu" else model.ffn_ratio,
     }
     pretrained = {
         "input_size": [3, model.image_size, model.image_size],
@@ -89,7 +116,7 @@ def _timm(model: ViTConfig) -> dict[str, Any]:
         "std": list(IMAGENET_STD),
         "num_classes": 0,
     }
-    return {"architecture": "vit", "model_args": arguments, "pretrained_cfg": pretrained}
+    return {"architecture": architecture, "model_args": arguments, "pretrained_cfg": pretrained}
 
 
 def _swiglu_ratio(model: ViTConfig) -> float:
@@ -98,7 +125,11 @@ def _swiglu_ratio(model: ViTConfig) -> float:
 
 
 def _transformers(model: ViTConfig) -> dict[str, Any]:
-    """Dinov2Config, or Dinov2WithRegistersConfig."""
+    """Dinov2Config, or Dinov2WithRegistersConfig. Errors: UserError for what they can't say."""
+    if model.ffn_ratio % 1:
+        raise UserError(
+            f"--format transformers: model.ffn_ratio {model.ffn_ratio}: it knows whole numbers only"
+        )
     registers = {"num_register_tokens": model.registers} if model.registers else {}
     kind = "Dinov2WithRegisters" if model.registers else "Dinov2"
     return {

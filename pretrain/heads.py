@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.ranges import Count
+
 # (features (N, d) unit norm fp32, (weight_v (K, d), weight_g (K, 1))) -> losses
 Losses = tuple[torch.Tensor, torch.Tensor]
 Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], Losses]
@@ -17,10 +19,10 @@ Criterion = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], Losses]
 class HeadConfig:
     """Size of one head. Defaults: DINOv2's long recipe; DINO's bottleneck there is 384."""
 
-    prototypes: int = 131_072
-    hidden: int = 2048
-    bottleneck: int = 256
-    layers: int = 3
+    prototypes: Count = 131_072
+    hidden: Count = 2048
+    bottleneck: Count = 256
+    layers: Count = 3
 
 
 class Prototypes(nn.Module):

@@ -57,14 +57,25 @@ class Probe:
         """
         loader = LabelledLoader(self.images, self.batch, self.size, self.workers)
         features = extract(backbone, loader, precision)
-        test = held_out(len(features.labels))
-        accuracy = knn_accuracy(features.only(~test), features.only(test))
+        accuracy = knn_accuracy(*parted(features))
         return {"knn_accuracy": accuracy, "feature_rank": effective_rank(features.cls)}
 
 
 def held_out(count: int) -> torch.Tensor:
-    """Which (n,) of `count` images are tested: the same in every run."""
-    return torch.from_numpy(np.random.default_rng(0).random(count) < TEST_SHARE)
+    """Which (n,) of `count` images are tested: the same in every run; of two or more, not none."""
+    drawn = np.random.default_rng(0).random(count)
+    chosen = drawn < TEST_SHARE
+    if count > 1:
+        chosen[drawn.argmin()], chosen[drawn.argmax()] = True, False
+    return torch.from_numpy(chosen)
+
+
+def parted(features: Features) -> tuple[Features, Features]:
+    """(train, test), the latter a fifth. Errors: UserError for fewer than two images."""
+    if len(features.labels) < 2:
+        raise UserError("one labelled image only could be decoded; two are needed at the least")
+    test = held_out(len(features.labels))
+    return features.only(~test), features.only(test)
 
 
 @torch.no_grad()
@@ -128,7 +139,7 @@ def _joined(features: Features) -> torch.Tensor:
 
 def _fitted(rows: torch.Tensor, labels: torch.Tensor, l2: float) -> nn.Module:
     """Logistic regression on standardised columns, by L-BFGS."""
-    mean, std = rows.mean(dim=0), rows.std(dim=0).clamp(min=1e-6)
+    mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0).clamp(min=1e-6)
     layer = nn.Linear(rows.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pretrain.ranges import Share
+
 LEAST_PATCHES = 4  # of a block
 LEAST_ASPECT = 0.3  # height / width of a block; at most its inverse
 TRIES = 10  # to place one block
@@ -17,9 +19,9 @@ TRIES = 10  # to place one block
 class MaskingConfig:
     """DINOv2's values: half of the global crops, between a tenth and half of their patches."""
 
-    probability: float = 0.5
-    least_ratio: float = 0.1
-    most_ratio: float = 0.5
+    probability: Share = 0.5
+    least_ratio: Share = 0.1
+    most_ratio: Share = 0.5
 
 
 class Masks(NamedTuple):

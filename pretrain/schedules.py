@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.ranges import Count, CountOrZero, NotNegative, Positive, Share
+
 Values = NDArray[np.float64]
 
 
@@ -16,19 +18,19 @@ Values = NDArray[np.float64]
 class ScheduleConfig:
     """Defaults: DINOv2's long recipe (ViT-L and ViT-g at batch 3,072)."""
 
-    iterations: int = 625_000
-    batch: int = 3072  # images of all ranks together
-    base_lr: float = 2e-4  # at batch 1,024
-    min_lr: float = 1e-6
-    warmup: int = 100_000  # iterations
-    last_layer_freeze: int = 1250  # iterations
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.2
-    momentum: float = 0.994
-    final_momentum: float = 1.0
-    teacher_temperature: float = 0.04
-    final_teacher_temperature: float = 0.07
-    temperature_warmup: int = 37_500  # iterations
+    iterations: Count = 625_000
+    batch: Count = 3072  # images of all ranks together
+    base_lr: NotNegative = 2e-4  # at batch 1,024
+    min_lr: NotNegative = 1e-6
+    warmup: CountOrZero = 100_000  # iterations
+    last_layer_freeze: CountOrZero = 1250  # iterations
+    weight_decay: NotNegative = 0.04
+    final_weight_decay: NotNegative = 0.2
+    momentum: Share = 0.994
+    final_momentum: Share = 1.0
+    teacher_temperature: Positive = 0.04
+    final_teacher_temperature: Positive = 0.07
+    temperature_warmup: CountOrZero = 37_500  # iterations
 
 
 class Schedules(NamedTuple):

@@ -189,7 +189,13 @@ class S3Storage:
 
     @contextlib.contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            CredentialRetrievalError,
+            NoCredentialsError,
+            PartialCredentialsError,
+        )
 
         where = f"{self.uri}/{name}" if name else self.uri
         try:
@@ -197,6 +203,11 @@ class S3Storage:
         except ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             raise UserError(f"{where}: {self._reason(code) or error}") from None
+        except (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError) as error:
+            text = " ".join(str(error).split())
+            raise UserError(
+                f"{where}: {text} (set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
+            ) from None
         except (BotoCoreError, ValueError) as error:
             text = " ".join(str(error).split())
             raise UserError(f"{where}: {text} (check AWS_ENDPOINT_URL and the network)") from None

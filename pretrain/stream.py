@@ -6,16 +6,19 @@ and DataLoader returns them in turn, so that order and bytes don't depend on the
 """
 
 import itertools
+import json
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from pretrain import distributed
 from pretrain.collate import BadSample, Batch, Decoded, collate
 from pretrain.crops import CropConfig
 from pretrain.decode import BadImage, decode
@@ -96,7 +99,7 @@ class Batches(IterableDataset[Batch | Failure]):
             try:
                 pixels = decode(sample.data)
             except BadImage as error:
-                bad.append(BadSample(sample.shard, sample.key, str(error)))
+                bad.append(BadSample(sample.shard, sample.key, str(error), position))
                 sample = self._source.read(self._order.replacement(position, attempt))
                 continue
             return Decoded(sample.key, pixels, augmentation_rng(self._cfg.seed, position))
@@ -110,7 +113,7 @@ class Loader:
     """An endless iterator over the batches of one rank.
 
     `position` is all there is to resume; `waited_s` is the time spent in `next`, and `bad` counts
-    replaced images by reason. Errors while iterating: UserError.
+    images that this loader replaced, by reason. Errors while iterating: UserError.
     """
 
     def __init__(
@@ -121,8 +124,14 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         state: dict[str, Any] | None = None,
+        names: Path | None = None,
     ) -> None:
-        """`state`: what `state()` of any rank said, whatever its world size and batch were."""
+        """`state`: what `state()` of any rank said, whatever its world size and batch were.
+
+        All ranks append the images that they replace to `names`, a line of JSON each; what it says
+        of positions that are still to come is removed, and `bad_before` counts the rest.
+        """
+        self._rank, self._names = rank, names
         self._source, self._cfg = source, cfg
         self._step_images = world_size * cfg.batch
         self._made_of = f"{source.fingerprint}-{cfg.seed}-{cfg.window}"
@@ -130,6 +139,7 @@ class Loader:
         self.samples_per_epoch = int(source.counts.sum())
         self.waited_s, self._since = 0.0, time.monotonic()
         self.seen, self.bad = 0, dict[str, int]()
+        self.bad_before = _forget(names, self.position, rank == 0) if names else 0
         start = self.position + rank * cfg.batch
         self._iterator: Iterator[Batch | Failure] = iter(
             DataLoader(
@@ -172,6 +182,10 @@ class Loader:
 
     def _count(self, batch: Batch) -> None:
         self.seen += len(batch.keys)
+        if batch.bad and self._names is not None:
+            lines = [json.dumps({"rank": self._rank, **one._asdict()}) + "\n" for one in batch.bad]
+            with self._names.open("a") as file:
+                file.write("".join(lines))
         for sample in batch.bad:
             reason = sample.reason.partition(" ")[0]
             self.bad[reason] = self.bad.get(reason, 0) + 1
@@ -182,3 +196,21 @@ class Loader:
                 f"{self._source.uri}: {total} of {self.seen} images can't be decoded, more than "
                 f"max_bad_share {share:g}; the last is {last.key} in {last.shard}: {last.reason}"
             )
+
+
+def _forget(names: Path, position: int, writes: bool) -> int:
+    """How many bad samples were before a position; the first rank drops the others."""
+    kept = []
+    for line in names.read_text().splitlines() if names.exists() else ():
+        try:
+            if json.loads(line)["position"] < position:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):  # cut short by a kill
+            continue
+    distributed.barrier()  # all have read it
+    if writes and names.exists():
+        partial = names.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(names)
+    distributed.barrier()  # none writes yet
+    return len(kept)

@@ -15,6 +15,7 @@ from pretrain.losses.dino import dino_terms
 from pretrain.losses.ibot import ibot_term
 from pretrain.losses.koleo import koleo_loss
 from pretrain.masking import Masks
+from pretrain.ranges import Count, NotNegative, Positive, Share
 from pretrain.vit import Tokens, ViT, ViTConfig
 
 
@@ -25,12 +26,12 @@ class ObjectiveConfig:
     dino_head: HeadConfig
     ibot_head: HeadConfig | None = None  # None: iBOT shares the head of DINO
     centering: Literal["sinkhorn_knopp", "softmax"] = "sinkhorn_knopp"
-    sinkhorn_iterations: int = 3
-    center_momentum: float = 0.9
-    student_temperature: float = 0.1
-    dino_weight: float = 1.0
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
+    sinkhorn_iterations: Count = 3
+    center_momentum: Share = 0.9
+    student_temperature: Positive = 0.1
+    dino_weight: NotNegative = 1.0
+    ibot_weight: NotNegative = 1.0
+    koleo_weight: NotNegative = 0.1
 
 
 class Batch(NamedTuple):
@@ -52,7 +53,7 @@ class StepLosses(NamedTuple):
     """`total` is to be propagated back; the rest is detached."""
 
     total: torch.Tensor  # scalar
-    values: dict[str, torch.Tensor]  # unweighted: total is their sum times the weights
+    values: dict[str, torch.Tensor]  # unweighted: total is their sum times the weights (none of 0)
 
 
 class StudentTeacher(nn.Module):
@@ -112,9 +113,9 @@ class StudentTeacher(nn.Module):
         # Each view apart: two views of one image are not to be pushed from each other.
         koleo = torch.stack([koleo_loss(view) for view in seen.cls.chunk(2)]).sum()
         total = cross_entropy + config.koleo_weight * koleo
-        weights = each.new_tensor([config.dino_weight, config.dino_weight, config.ibot_weight])
-        unweighted = (each / weights).unbind()
-        values = dict(zip(("dino_global", "dino_local", "ibot"), unweighted, strict=True))
+        weights = (config.dino_weight, config.dino_weight, config.ibot_weight)
+        weighted = zip(("dino_global", "dino_local", "ibot"), each.unbind(), weights, strict=True)
+        values = {name: value / weight for name, value, weight in weighted if weight}
         values["koleo"] = koleo.detach()
         return StepLosses(total, values | _diagnostics(dino_targets))
 

@@ -29,6 +29,7 @@ from pretrain.vit import ViT, compile_blocks
 from pretrain.watch import Watch
 
 SEEDS = 1 << 63
+BAD = "bad.jsonl"  # images that can't be decoded
 LEAST_SCALE = 1.0  # of the fp16 loss: gradients that overflow even so are not finite at all
 
 
@@ -76,7 +77,7 @@ class Training:
         self.scaler = self.precision.scaler()
         self.iteration, data = self._begin(begin)
         ranks = distributed.rank(), distributed.world_size()
-        self.loader = Loader(source, config.crops, stream, *ranks, state=data)
+        self.loader = Loader(source, config.crops, stream, *ranks, data, out / BAD)
         self.writer = checkpoint.Writer(out, config.watch.keep)
         if distributed.rank() == 0:
             _write_whole(out / checkpoint.CONFIG, to_yaml(config))

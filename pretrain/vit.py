@@ -10,24 +10,25 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.layers import NORM_EPS, Block, Groups, draw_kept
+from pretrain.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
 
 
 @dataclass(frozen=True)
 class ViTConfig:
     """Architecture. Defaults are ViT-S/14 as released; `VIT_SIZES` has the other widths."""
 
-    patch_size: int = 14  # pixels
-    width: int = 384
-    depth: int = 12
-    heads: int = 6
+    patch_size: Count = 14  # pixels
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
     ffn: Literal["mlp", "swiglu"] = "mlp"
-    ffn_ratio: float = 4.0  # hidden / width; SwiGLU takes two thirds of it
-    layerscale: float = 1e-5
-    registers: int = 0
-    drop_path: float = 0.0  # the same in all blocks
-    image_size: int = 518  # pixels; its grid is the position embedding's, others are interpolated
+    ffn_ratio: Positive = 4.0  # hidden / width; SwiGLU takes two thirds of it
+    layerscale: Positive = 1e-5
+    registers: CountOrZero = 0
+    drop_path: ShareBelowOne = 0.0  # the same in all blocks
+    image_size: Count = 518  # pixels; its grid is the position embedding's, others are interpolated
     # Released models without registers: 0.1 and False; with registers, and in timm: 0 and True.
-    interpolate_offset: float = 0.1
+    interpolate_offset: NotNegative = 0.1
     interpolate_antialias: bool = False
 
     @property
@@ -185,7 +186,7 @@ class ViT(nn.Module):
             if mask is not None:  # before the position embedding: a masked patch knows its place
                 patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
             p = self.config.patch_size
-            position = self._positions(crop.shape[2] // p, crop.shape[3] // p)
+            position = self.positions(crop.shape[2] // p, crop.shape[3] // p)
             first = [self.cls_token + position[:, :1]]
             if self.config.registers:  # they have no position
                 first.append(self.register_tokens)
@@ -196,7 +197,7 @@ class ViT(nn.Module):
             groups.append((len(crop), sequence.shape[1]))
         return torch.cat(packed), tuple(groups)
 
-    def _positions(self, height: int, width: int) -> torch.Tensor:
+    def positions(self, height: int, width: int) -> torch.Tensor:
         """(1, 1 + height * width, D) position embedding of a grid of patches."""
         grid, embedding = self.config.grid, self.pos_embed
         if (height, width) == (grid, grid):

@@ -1,6 +1,7 @@
 """What a run says of itself: `metrics.jsonl` (which services read), TensorBoard, a progress bar."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -30,8 +31,9 @@ class Watch:
         self._sums: dict[str, torch.Tensor] = {}
         self._batches, self._skipped = 0, 0
         self._since, self._waited, self._from = time.monotonic(), 0.0, iteration
-        self._probe: Probe | None = None
-        self._board = _tensorboard(out) if self._writes else None
+        every = config.watch.evaluate_every
+        self._probe = Probe.of(config) if every else None
+        self._board = _tensorboard(out, iteration) if self._writes else None
         if self._writes:
             _forget(out / METRICS, iteration)
         self._bar = tqdm(
@@ -75,9 +77,10 @@ class Watch:
         line |= {f"gradient_norm/{name}": float(norm) for name, norm in norms.items()}
         line |= {name: float(values[now]) for name, values in rates._asdict().items()}
         line |= self._speed(now + 1, loader)
+        line["bad_images"] = loader.bad_before + int(self._over_ranks(sum(loader.bad.values())))
         if scaler.is_enabled():
             line["loss_scale"] = scaler.get_scale()
-        line |= {"bad_images": sum(loader.bad.values()), "skipped_steps": self._skipped}
+        line["skipped_steps"] = self._skipped
         self._sums, self._batches = {}, 0
         if self._writes:
             self._write(line)
@@ -88,8 +91,7 @@ class Watch:
         every = self._config.watch.evaluate_every
         if not every or (done % every and done != self._config.schedule.iterations):
             return
-        if self._probe is None:
-            self._probe = Probe.of(self._config)
+        assert self._probe is not None
         began = time.monotonic()
         found = self._probe.measure(model.teacher["backbone"], self._precision)
         if self._writes:
@@ -108,24 +110,35 @@ class Watch:
         found = {
             "images_per_s": iterations * self._config.schedule.batch / seconds,
             "step_s": seconds / iterations,
-            "data_wait": waited / seconds,
+            "data_wait": self._over_ranks(waited / seconds) / distributed.world_size(),
         }
         if self._precision.device.type == "cuda":
             found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return found
+
+    def _over_ranks(self, value: float) -> float:
+        """The sum; all ranks call it."""
+        one = torch.tensor(value, dtype=torch.float64, device=self._precision.device)
+        return float(distributed.all_reduce_sum(one))
 
     @staticmethod
     def _epoch(loader: Loader) -> float:
         return loader.position / loader.samples_per_epoch
 
     def _write(self, line: dict[str, Any]) -> None:
+        """What is not finite is null: JSON has no word for it."""
+        line = {name: _finite_or_none(value) for name, value in line.items()}
         stamped = {"time": round(time.time(), 3), **line}
         with (self._out / METRICS).open("a") as file:
-            file.write(json.dumps(stamped) + "\n")
+            file.write(json.dumps(stamped, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, line["iteration"])
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _forget(path: Path, iteration: int) -> None:
@@ -144,10 +157,11 @@ def _forget(path: Path, iteration: int) -> None:
     partial.replace(path)
 
 
-def _tensorboard(out: Path) -> Any:
-    """A writer, where the package is installed."""
+def _tensorboard(out: Path, iteration: int) -> Any:
+    """A writer, where the package is installed; hides steps that are done again."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    purge = iteration + 1 if iteration else None
+    return SummaryWriter(str(out / "tensorboard"), purge_step=purge)

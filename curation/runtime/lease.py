@@ -5,11 +5,11 @@ of a holder that was killed is no longer renewed, and is taken over. On a store 
 conditional writes nobody is kept out.
 """
 
-import _thread
 import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -20,13 +20,19 @@ from curation.runtime.store import StoreError
 
 LOCK = ".lock"
 BEAT_S = 10.0
+LOST = signal.SIGUSR1  # also ends a wait, which an interrupt from within Python does not
 LEASE_S = 60.0  # without a beat, after which the holder counts as dead
 
 
 @contextlib.contextmanager
 def lease(store: S3Store) -> Iterator[None]:
-    """Holds the run of `store`. Raises StoreError when another process writes it, or took it."""
+    """Holds the run of `store`. Raises StoreError when another process writes it, or took it.
+
+    Only the main thread can hold one: it is the one that a lost lock interrupts.
+    """
     beat = _Beat(store, _acquire(store))
+    # Not SIGINT, which scripts have ignored in what they start in the background.
+    before = signal.signal(LOST, _interrupt)
     beat.start()
     try:
         yield
@@ -39,6 +45,11 @@ def lease(store: S3Store) -> Iterator[None]:
         raise
     finally:
         beat.end()
+        signal.signal(LOST, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _sign() -> bytes:
@@ -80,7 +91,7 @@ class _Beat(threading.Thread):
                 version = self._store.write_if(LOCK, _sign(), self._version)
                 if version is None:
                     self.lost = True
-                    _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident or 0, LOST)
                     return
                 self._version = version
 

@@ -152,6 +152,8 @@ class Image(Answer):
     height: int | None
     bytes: int | None
     image: int = Field(description="its number in the run")
+    unsafe: float | None = Field(description="the safety filter's score, where there is a filter")
+    faces_blurred: int | None = Field(description="how many, where bytes were changed for it")
 
 
 class Story(Answer):

@@ -139,3 +139,16 @@ def test_no_server_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, 9)  # nothing listens there
     with pytest.raises(UserError, match=r"^s3://lvd: .*check AWS_ENDPOINT_URL and the network"):
         list(S3Storage("s3://lvd").files())
+
+
+def test_lacking_credentials_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, 9)
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(UserError, match=r"^s3://lvd: .*\(set AWS_ACCESS_KEY_ID and AWS_SECRET_ACC"):
+        list(S3Storage("s3://lvd").files())
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(UserError, match=r"^s3://lvd: .*\(set AWS_ACCESS_KEY_ID and AWS_SECRET_ACC"):
+        list(S3Storage("s3://lvd").files())

@@ -78,6 +78,16 @@ def test_a_step_reaches_every_parameter_of_the_student(shared: bool, centering: 
     assert not any(value.requires_grad for value in losses.values.values())
 
 
+@pytest.mark.parametrize("weights", [{"ibot_weight": 0.0}, {"dino_weight": 0.0}])
+def test_a_loss_of_no_weight_has_no_value(weights: dict[str, float]) -> None:
+    losses = model(replace(SEPARATE, koleo_weight=0.5, **weights))(batch(), 0.04)
+    without = ("ibot",) if "ibot_weight" in weights else ("dino_global", "dino_local")
+    kept = {"dino_global", "dino_local", "ibot"} - set(without)
+    assert {"dino_global", "dino_local", "ibot"} & losses.values.keys() == kept
+    total = sum(losses.values[name] for name in kept) + 0.5 * losses.values["koleo"]
+    assert losses.total.item() == pytest.approx(float(total), rel=1e-5)
+
+
 def test_no_local_crops_and_no_masks_are_no_error() -> None:
     made, empty = model(), batch(locals_=0)
     masks = draw_masks(2 * IMAGES, 6, np.random.default_rng(0), MaskingConfig(probability=0.0))

@@ -164,6 +164,26 @@ def test_checkpointed_and_compiled_blocks_give_the_same_gradients(drop_path: flo
                 assert torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-4), name
 
 
+@pytest.mark.slow
+def test_inductor_compiles_a_block() -> None:
+    """What `parallel.compile` does; on a CPU it needs a C++ compiler."""
+    config = replace(SMALL, depth=1, drop_path=0.5)
+    crops, found = [images(4, 84), images(4, 42)], []
+    for compiled in (False, True):
+        model = ViT(config)
+        model.load_state_dict(_parameters(config))
+        if compiled:
+            compile_blocks(model)
+        torch.manual_seed(7)
+        tokens = model(crops)
+        (tokens[0].patches.square().sum() + tokens[1].cls.sum()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"cls": tokens[0].cls.detach(), **gradients})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def _parameters(config: ViTConfig) -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     return randomised(ViT(config)).state_dict()
