@@ -243,6 +243,7 @@ def test_the_next_phase_of_a_student_is_no_distillation(
     assert export.load_run(second)[0].distill is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_sharded_students_are_taught_in_low_precision(
     precision: str, config: Path, images: Path, tmp_path: Path
@@ -257,6 +258,7 @@ def test_sharded_students_are_taught_in_low_precision(
     assert all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_ranks_have_the_same_anchors_as_one(
     mode: str, config: Path, images: Path, tmp_path: Path

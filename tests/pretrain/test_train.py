@@ -86,6 +86,7 @@ def test_two_ranks_train_and_one_goes_on(
     assert alone[4]["loss"] == pytest.approx(told[4]["loss"], rel=0.2)
 
 
+@pytest.mark.slow
 def test_ddp_and_fsdp_do_the_same(config: Path, images: Path, tmp_path: Path) -> None:
     losses = []
     for mode in ("ddp", "fsdp"):
@@ -96,6 +97,7 @@ def test_ddp_and_fsdp_do_the_same(config: Path, images: Path, tmp_path: Path) ->
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_as_two_would_have(config: Path, images: Path, tmp_path: Path) -> None:
     """Within rounding, where no loss looks across the images of a rank."""
     settings = ["objective.centering=softmax", "objective.center_momentum=1.0"]
@@ -190,6 +192,7 @@ def test_damaged_checkpoints_are_told(
     assert main(["resume", str(run)]) == 0
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_nothing_behind_when_sharded(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(
         skip_then_step, (str(tmp_path),), nprocs=2, start_method="spawn"
@@ -264,6 +267,7 @@ def test_a_place_that_can_t_be_written_is_told(
     assert str(config) in told
 
 
+@pytest.mark.slow
 def test_batches_that_are_accumulated_stand_for_ranks(
     config: Path, images: Path, tmp_path: Path
 ) -> None:

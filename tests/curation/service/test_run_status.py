@@ -105,6 +105,7 @@ def test_speed_counts_what_is_new(waiting: tuple[Project, subprocess.Popen[bytes
     assert stage.failures == {"truncated": 2, "part_failed": 1}
 
 
+@pytest.mark.slow
 def test_shards_show_as_they_are_written(project: Callable[..., Project]) -> None:
     work = project()
     assert work.run() == 0

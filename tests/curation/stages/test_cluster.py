@@ -232,6 +232,7 @@ class FailingExecutor(InProcessExecutor):
                 raise Stopped
 
 
+@pytest.mark.slow
 def test_a_fit_that_stops_anywhere_goes_on_to_the_same_bytes(
     store: FileStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
