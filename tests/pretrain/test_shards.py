@@ -288,7 +288,7 @@ def test_plain_tars_are_scanned(tmp_path: Path, originals: Path, form: int) -> N
                 add(tar, f"deep/{path.stem}.cls", b"7")
     told: list[str] = []
     source = open_source(str(tmp_path), told.append)
-    assert source.counts.tolist() == [12, 11]
+    assert source.counts.tolist() == [len(paths[0::2]), len(paths[1::2])]
     assert read_all(source) == {f"deep/{p.stem}": p.read_bytes() for p in paths}
     assert len(told) == 1
     assert "no index; reading the headers of 2 tars" in told[0]
