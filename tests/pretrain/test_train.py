@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -194,18 +195,21 @@ def test_damaged_checkpoints_are_told(
 
 @pytest.mark.slow
 def test_a_skipped_step_leaves_nothing_behind_when_sharded(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        skip_then_step, (str(tmp_path),), nprocs=2, start_method="spawn"
+        skip_then_step, (str(tmp_path), port), nprocs=2, start_method="spawn"
     )
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
-def skip_then_step(number: int, folder: str) -> None:
+def skip_then_step(number: int, folder: str, port: int) -> None:
     """Gradients after a step whose second batch was not finite are those of the step alone."""
     torch.set_num_threads(1)
-    environment = {"RANK": number, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {"RANK": number, "WORLD_SIZE": 2, **place}
     os.environ |= {name: str(value) for name, value in environment.items()}
-    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT", "29517")
     found = []
     with distributed.process_group(CPU):
         for skips in (True, False):
