@@ -18,8 +18,6 @@ VERSIONS = {
     "report": 3,
 }
 
-ROLES = ("curated", "holdout", "pool")
-
 # Where readers of a run find what they need, besides each stage's `done.json`.
 RECIPE_FILE = "recipe.yaml"
 PARTS_TABLE = "ingest/parts.parquet"

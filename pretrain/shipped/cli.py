@@ -8,8 +8,6 @@ from pretrain.errors import UserError
 from pretrain.shipped.copy_descriptor import CopyConfig, copy_descriptor
 from pretrain.shipped.demo_encoder import DemoEncoderConfig, demo_encoder
 
-COMMANDS = ("demo-encoder", "copy-descriptor")
-
 
 def run(command: str, given: dict[str, Any]) -> None:
     """Errors: UserError."""
