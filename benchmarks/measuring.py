@@ -29,12 +29,23 @@ def machine() -> str:
     parts = [
         name[1] if name else "unknown processor",
         f"{os.cpu_count()} cores",
-        torch.backends.cpu.get_cpu_capability(),
+        _instructions(),
         f"{torch.get_num_threads()} threads",
         f"load {os.getloadavg()[0]:.1f}",
         packages,
     ]
     return ", ".join(parts)
+
+
+def _instructions() -> str:
+    """What the processor multiplies matrices with."""
+    import torch
+
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX-512 BF16"
+    return f"{torch.backends.cpu.get_cpu_capability()} (no bf16)"
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> None:

@@ -60,8 +60,8 @@ class ParallelConfig:
     """How a step is spread over ranks and over time.
 
     `precision: auto` is bf16 where the GPU has it, fp16 with loss scaling on older ones (V100); on
-    a CPU bf16 where it has AMX, else fp32. `mode: auto` is fsdp with several GPUs, ddp with several
-    CPU processes.
+    a CPU bf16 where it has AMX or AVX-512 BF16, else fp32. `mode: auto` is fsdp with several GPUs,
+    ddp with several CPU processes.
     """
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -37,7 +37,8 @@ def choose(wanted: str, device: torch.device) -> Precision:
     if wanted != "auto":
         return Precision(wanted, device)
     if device.type == "cpu":
-        return Precision("bf16" if torch.cpu._is_amx_tile_supported() else "fp32", device)
+        faster = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return Precision("bf16" if faster else "fp32", device)
     new = torch.cuda.get_device_capability(device) >= BF16_SINCE
     return Precision("bf16" if new else "fp16", device)
 

@@ -31,10 +31,14 @@ _scratch = threading.local()
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 where matrices of it are multiplied faster (GPUs since Ampere, AMX), else fp32."""
+    """bf16 where matrices of it are multiplied faster, else fp32.
+
+    That is on GPUs since Ampere and on processors with AMX or AVX-512 BF16.
+    """
     if torch.cuda.is_available():
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
-    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    faster = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if faster else torch.float32
 
 
 def fast_device() -> torch.device | None:
