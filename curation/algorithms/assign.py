@@ -16,7 +16,7 @@ import torch
 from curation.algorithms import bounds
 from curation.algorithms.bounds import Bounds, Call, Columns, Moves
 from curation.algorithms.products import (
-    SLACK,
+    ROUNDED,
     TILE_ROWS,
     Doubles,
     Floats,
@@ -28,6 +28,7 @@ from curation.algorithms.products import (
     fast_device,
     fast_dtype,
     gathered,
+    lost,
     square_norms,
 )
 
@@ -72,7 +73,7 @@ class Assigner:
         self._known = Bounds.unknown(0, 0)
         self._columns: dict[int, Columns] = {}
         self._now = -1
-        self._longest = 0.0
+        self._longest = self._lost = 0.0
 
     def __call__(self, rows: Floats, centroids: Floats) -> Ints:
         """Number (n,) of the nearest centroid of every row."""
@@ -80,6 +81,7 @@ class Assigner:
         if self._is_new(to, len(rows)):
             self._known = Bounds.unknown(len(rows), min(NEAR, len(centroids)))
             self._longest = float(np.sqrt(square_norms(rows).max(initial=0.0)))
+            self._lost = lost(rows, fast_dtype())
             self._columns, self._now = {0: to}, 0
             self._search(rows, np.arange(len(rows)), fast_dtype())
         else:
@@ -153,7 +155,12 @@ class Assigner:
 
     def _slack(self, dtype: torch.dtype) -> float:
         """Scores that differ by less may be in the wrong order."""
-        return 2 * self._longest * SLACK[dtype] * _longest(self._columns[self._now].centroids)
+        centroids = self._columns[self._now].centroids
+        row, column, lost_of_column = self._longest, _longest(centroids), lost(centroids, dtype)
+        lost_of_row = self._lost if dtype != torch.float32 else 0.0
+        rounded = (row + lost_of_row) * (column + lost_of_column)
+        off = rounded * ROUNDED[dtype] + row * lost_of_column + column * lost_of_row
+        return 2 * (off + lost_of_row * lost_of_column)
 
     def _moves(self) -> Moves:
         to = self._columns[self._now]

@@ -17,17 +17,28 @@ Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.int32]
 
-# Of |row| |column|: how far a product can lie from the true one. fp32 errs by a few 1e-7 at a
-# thousand dimensions; bf16 keeps 8 bits of each factor and of the result.
-SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
+# Of |row| |column|: how far a product of numbers that are in this precision can lie from the true
+# one. fp32 errs by a few 1e-7 at a thousand dimensions; bf16 keeps 8 bits of the result.
+ROUNDED = {torch.float32: 1e-5, torch.bfloat16: 1e-5 + 2.0**-8}
+# The same of any numbers: bf16 keeps 8 bits of each factor as well.
+SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
 SQUARES_TILE = 8192
 TILE_ROWS = 1024  # what fits a core's cache with its scores
 DEVICE_SCORES = 1 << 26  # of a tile on a GPU: 0.6 GB with what they are made from
 INSERTED = 128  # up to so many of the largest are found by insertion
+PAD = 64
 CHUNK = 32  # scores whose largest is looked at before any of them
 
 _scratch = threading.local()
+
+# fp32 by oneDNN, for tiles of one shape: torch.mm asks MKL, which is half as fast on processors of
+# other makers, for which it doesn't use AVX-512.
+_mkldnn_linear = (
+    torch.ops.mkldnn._linear_pointwise
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else None
+)
 
 
 def fast_dtype() -> torch.dtype:
@@ -58,8 +69,12 @@ class Products:
     ) -> None:
         self._device = fast_device()
         self._dtype = dtype or fast_dtype()
-        self._columns = torch.from_numpy(columns).to(self._device, self._dtype).T
-        self._bias = None if bias is None else torch.from_numpy(bias).to(self._device)
+        self._count, self._pad = len(columns), self._device is None and self._dtype != torch.float32
+        self._columns = torch.from_numpy(columns).to(self._device, self._dtype)
+        if self._pad:
+            self._columns = _padded(self._columns, self._dtype)
+        none = bias is None or not bias.any()
+        self._bias = None if none else torch.from_numpy(bias).to(self._device)
         longest = float(np.sqrt(np.einsum("md,md->m", columns, columns).max(initial=0.0)))
         self.slack = SLACK[self._dtype] * longest
 
@@ -68,7 +83,7 @@ class Products:
         """How many rows are best given at a time."""
         if self._device is None:
             return TILE_ROWS
-        return max(1, DEVICE_SCORES // self._columns.shape[1])
+        return max(1, DEVICE_SCORES // self._count)
 
     def scores(self, rows: Floats) -> Floats:
         """(n, m) scores of rows (n, D): this thread's scratch memory, valid until its next call."""
@@ -77,7 +92,7 @@ class Products:
 
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
-        count, scores = min(count, self._columns.shape[1]), self._scores(rows)
+        count, scores = min(count, self._count), self._scores(rows)
         if self._device is None and count <= INSERTED:
             best = np.empty((len(rows), count), np.float32)
             at = np.empty((len(rows), count), np.int32)
@@ -109,16 +124,30 @@ class Products:
     def _scores(self, rows: Floats) -> torch.Tensor:
         left = torch.from_numpy(rows).to(self._device)
         if self._device is not None:
-            scores = (left.to(self._dtype) @ self._columns).float()
+            scores = (left.to(self._dtype) @ self._columns.T).float()
             return scores if self._bias is None else scores + self._bias
-        out = _buffer("scores", (len(rows), self._columns.shape[1]), torch.float32)
-        if self._dtype == torch.float32:
-            torch.mm(left, self._columns, out=out)
+        out = _buffer("scores", (len(rows), self._count), torch.float32)
+        if self._pad:
+            whole = torch.mm(_padded(left, self._dtype), self._columns.T)
+            out.copy_(whole[: len(rows), : self._count])
+        elif _mkldnn_linear and len(rows) == TILE_ROWS and self._count:
+            out = _mkldnn_linear(left, self._columns, None, "none", [], "")
         else:
-            out.copy_(torch.mm(left.to(self._dtype), self._columns))
+            torch.mm(left, self._columns.T, out=out)
         if self._bias is not None:
             out += self._bias
         return out
+
+
+def _padded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows (n, D) in dtype, and zeros up to a multiple of PAD: oneDNN compiles for every shape."""
+    missing = -len(rows) % PAD
+    if not missing:
+        return rows.to(dtype)
+    out = torch.empty(len(rows) + missing, rows.shape[1], dtype=dtype)
+    out[: len(rows)] = rows
+    out[len(rows) :] = 0
+    return out
 
 
 def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
@@ -192,6 +221,21 @@ def square_norms(rows: Floats) -> Doubles:
 def _square_norms(start: int, stop: int, rows: Floats, found: Doubles) -> None:
     for i in range(start, stop):
         found[i] = exact_dot(rows[i], rows[i])
+
+
+def lost(rows: Floats, dtype: torch.dtype) -> float:
+    """The largest norm of what rows (n, D) lose when they are rounded to dtype."""
+    if dtype == torch.float32:
+        return 0.0
+    norms = np.zeros(-(-len(rows) // SQUARES_TILE))
+
+    def tile(start: int, stop: int) -> None:
+        exact = torch.from_numpy(rows[start:stop])
+        off = exact - exact.to(dtype).float()
+        norms[start // SQUARES_TILE] = float(torch.linalg.vector_norm(off, dim=1).max())
+
+    each_tile(len(rows), SQUARES_TILE, tile)
+    return float(norms.max(initial=0.0)) * (1 + ROUNDED[torch.float32])
 
 
 def check_finite(rows: Floats) -> Doubles:
