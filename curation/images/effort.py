@@ -1,5 +1,6 @@
 """What a model asks of a machine: its FLOP an image, counted without its weights."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from curation.images.encoders import (
     DEMO_MODEL,
+    ONEDNN_LINEAR,
     EncoderError,
     VectorModel,
     load_copy_descriptor,
@@ -55,7 +57,13 @@ def _of(model: VectorModel) -> Effort:
 
 
 def _count(net: nn.Module, side: int, dim: int, device: str) -> Effort:
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    counted = {ONEDNN_LINEAR: _linear_flop} if ONEDNN_LINEAR else {}
+    counter = FlopCounterMode(display=False, custom_mapping=counted)
+    with counter, torch.inference_mode():
         net(torch.zeros(1, 3, side, side, device=device))
     weights = sum(4 * parameter.numel() for parameter in net.parameters())
     return Effort(float(counter.get_total_flops()), float(weights), dim)
+
+
+def _linear_flop(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(rows) * int(weight[0])

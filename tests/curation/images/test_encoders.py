@@ -5,9 +5,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from workbench import Models, picture
 
+from curation.images.effort import semantic_effort
 from curation.images.encoders import (
     DEMO_MODEL,
     InputFormat,
@@ -29,8 +31,9 @@ def test_preparing_an_image_is_torchvisions_resize_and_centre_crop(size: tuple[i
     np.testing.assert_array_equal(form.prepare(image), wanted)
 
 
-def test_a_timm_model_gives_timms_features(models: Models) -> None:
-    ours = load_semantic("test_vit", models.encoder.read_bytes(), "fp32")
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-5), ("bf16", 0.02), ("fp16", 0.004)])
+def test_a_timm_model_gives_timms_features(models: Models, precision: str, off: float) -> None:
+    ours = load_semantic("test_vit", models.encoder.read_bytes(), precision)
     net = timm.create_model("test_vit", num_classes=0)
     from safetensors.torch import load_file
 
@@ -41,7 +44,15 @@ def test_a_timm_model_gives_timms_features(models: Models) -> None:
     with torch.inference_mode():
         wanted = net.eval()(torch.from_numpy((batch / np.float32(255) - mean) / std)).numpy()
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
-    np.testing.assert_allclose(ours(batch), wanted, atol=1e-5)
+    np.testing.assert_allclose(ours(batch), wanted, atol=off)
+
+
+def test_the_flop_of_a_loaded_model_are_those_of_timms() -> None:
+    loaded = load_semantic(DEMO_MODEL, None, "fp32")
+    plain = timm.models.VisionTransformer(**describe_builtin("semantic")["arch"])
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        plain(torch.zeros(1, 3, loaded.form.size, loaded.form.size))
+    assert semantic_effort(DEMO_MODEL).flop == counter.get_total_flops()
 
 
 def test_the_built_in_models_are_what_their_cards_say() -> None:
