@@ -1,7 +1,6 @@
 """What a data set is to the sample stream, whether tar shards or a folder of images."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,8 +8,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One image's original bytes, and where they were found."""
 
     shard: str

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pretrain.errors import UserError
 from pretrain.folder import ImageFolder
@@ -74,11 +75,11 @@ def _stderr(text: str) -> None:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the images of one shard lie. `members` is None where nothing but the tar names them."""
+    """Where the images of one shard lie. `names` is None where nothing but the tar names them."""
 
     offsets: Ints  # (images,) bytes from the beginning of the tar
     sizes: Ints  # (images,) bytes
-    members: pa.Array | None = None
+    names: NDArray[np.bytes_] | None = None  # (images,) the first 100 bytes, as in a header
 
 
 class Shards:
@@ -96,7 +97,7 @@ class Shards:
         self.counts, self.fingerprint = counts, fingerprint
         self._storage, self._names, self._load = storage, names, index
         self._starts: list[int] = (np.cumsum(counts) - counts).tolist()
-        self._cached: OrderedDict[int, Future[Index]] = OrderedDict()
+        self._cached: OrderedDict[int, Index | Future[Index]] = OrderedDict()
         self._cached_rows = 0
         self._lock = threading.Lock()
 
@@ -109,42 +110,61 @@ class Shards:
         shard = bisect_right(self._starts, sample) - 1
         row = sample - self._starts[shard]
         index, name = self._index(shard), self._names[shard]
-        offset, size = int(index.offsets[row]), int(index.sizes[row])
+        offset, size = index.offsets.item(row), index.sizes.item(row)
         block = self._storage.read(name, offset - BLOCK, BLOCK + size)
         if len(block) < BLOCK + size:
             raise UserError(f"{self.uri}/{name}: truncated since it was opened; copy it again")
-        try:
-            header = parse_header(block[:BLOCK])
-        except (ValueError, IndexError):
-            header = None
-        wanted = None if index.members is None else str(index.members[row]).encode()[:100]
-        if header is None or header.size != size or header.name != (wanted or header.name):
+        found = _name_in(block, size, None if index.names is None else index.names.item(row))
+        if found is None:
             raise UserError(
                 f"{self.uri}/{name}: its index doesn't match it at byte {offset}; "
                 "copy both again from where they were made"
             )
-        member = header.name.decode("utf-8", "backslashreplace")
+        member = found.decode("utf-8", "backslashreplace")
         folder, slash, base = member.rpartition("/")
         return Sample(name, folder + slash + base.partition(".")[0], block[BLOCK:])
 
     def _index(self, shard: int) -> Index:
         """The index of a shard, read once however many threads ask for it."""
+        found = self._cached.get(shard)
+        if isinstance(found, Index):  # nearly always, so without the lock
+            return found
         with self._lock:
-            future = self._cached.get(shard)
-            mine = future is None
-            if future is None:
-                future = self._cached[shard] = Future()
+            found = self._cached.get(shard)
+            mine = found is None
+            if found is None:
+                found = self._cached[shard] = Future()
                 self._cached_rows += int(self.counts[shard])
                 while self._cached_rows > CACHED_ROWS and len(self._cached) > 1:
                     dropped, _ = self._cached.popitem(last=False)
                     self._cached_rows -= int(self.counts[dropped])
-            self._cached.move_to_end(shard)
+        if isinstance(found, Index):
+            return found
         if mine:
-            try:
-                future.set_result(self._load(shard))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+            self._fill(shard, found)
+        return found.result()
+
+    def _fill(self, shard: int, future: Future[Index]) -> None:
+        try:
+            index = self._load(shard)
+        except BaseException as error:
+            future.set_exception(error)
+            return
+        future.set_result(index)
+        with self._lock:
+            if self._cached.get(shard) is future:  # others may have put it out meanwhile
+                self._cached[shard] = index
+
+
+def _name_in(block: bytes, size: int, wanted: bytes | None) -> bytes | None:
+    """The name in the header before `size` bytes; None if it is none, or isn't `wanted`."""
+    if wanted and block.startswith(wanted + b"\0") and block[124:136] == b"%011o\0" % size:
+        return wanted  # as a header of `curate`'s nearly always is
+    try:
+        header = parse_header(block)
+    except (ValueError, IndexError):
+        return None
+    return header.name if header.size == size and header.name == (wanted or header.name) else None
 
 
 def _curated(storage: Storage, sizes: dict[str, int] | None) -> Shards:
@@ -217,6 +237,7 @@ class CuratedIndex:
             table = table.filter(pc.match_substring_regex(table["member"], _IMAGE))
             offsets = table["offset"].to_numpy().astype(np.int64)
             sizes = table["size"].to_numpy().astype(np.int64)
+            names = pc.binary_slice(table["member"].cast(pa.binary()), 0, 100)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{where}: can't be read ({reason}); copy it again") from None
@@ -228,7 +249,7 @@ class CuratedIndex:
                 f"{where}: not the index of this {self.names[shard]} ({MANIFEST} says "
                 f"{listed[0]} images, {listed[1]} bytes, sha256 {listed[2][:12]}…); copy it again"
             )
-        return Index(offsets, sizes, table["member"].combine_chunks())
+        return Index(offsets, sizes, names.to_numpy().astype("S"))
 
 
 def _scanned(

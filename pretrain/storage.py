@@ -102,9 +102,11 @@ class LocalStorage:
             raise self._explain(name, error) from None
 
     def _open(self, name: str) -> _OpenFile:
+        file = self._files.get(name)
+        if file is not None:  # nearly always, so without the lock
+            return file
         with self._lock:
-            file = self._files.pop(name, None) or _OpenFile(self._root / name)
-            self._files[name] = file
+            file = self._files.setdefault(name, _OpenFile(self._root / name))
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
             return file

@@ -124,7 +124,7 @@ class FileStore:
 
     def read(self, path: str, start: int = 0, length: int | None = None) -> bytes:
         try:
-            with open(self.root / path, "rb", buffering=0) as file:
+            with open(os.path.join(self.uri, path), "rb", buffering=0) as file:
                 if start:
                     file.seek(start)
                 return file.readall() if length is None else _read_exactly(file, length)
@@ -290,14 +290,10 @@ _UMASK = _current_umask()
 
 
 def _read_exactly(file: io.FileIO, length: int) -> bytes:
-    chunks = []
-    while length > 0:
-        chunk = file.read(length)
-        if not chunk:
-            break
-        chunks.append(chunk)
-        length -= len(chunk)
-    return b"".join(chunks)
+    data = file.read(length)
+    while len(data) < length and (more := file.read(length - len(data))):
+        data += more
+    return data
 
 
 def read_table(

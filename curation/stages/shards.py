@@ -5,20 +5,20 @@ one worker in one pass.
 """
 
 import hashlib
-import io
 import json
-import tarfile
-from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation.algorithms.sampling import Ints
 from curation.images.faces import HAAR, FaceBlur, FacesConfig
 from curation.images.sources import read_parquet_rows
+from curation.images.tar_writer import TarWriter
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
@@ -45,11 +45,13 @@ from curation.stages.tables import (
     Part,
     by_part,
     column_numpy,
+    read_ahead,
     read_parts,
 )
 
-OPEN_ARCHIVES = 64
+BATCH_IMAGES, BATCH_BYTES = 8, 4 << 20  # read by a thread at a time
 FACES_TABLE = "shards/faces.parquet"
+_LINEAGE = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def run(
     )
     require_all(result, "shards")
     blurred = {"faces_blurred": _gather_faces(shards, store)} if cfg.faces else {}
-    manifest = _manifest(cfg, shards, store)
+    manifest = shards_manifest(cfg.name, shards, store)
     store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
     for folder in ("spool", "places", "plan", "faces"):
         for entry in list(store.list(f"shards/{folder}")):
@@ -176,86 +178,88 @@ class ShardWorker:
     def __init__(self, run_uri: str, shards_per_plan: int, faces: FacesConfig | None) -> None:
         self._store, self._shards_per_plan = open_store(run_uri), shards_per_plan
         self._blur = load_faces(faces)
-        self._open: OrderedDict[tuple[str, bytes], BinaryIO] = OrderedDict()
 
     def __call__(self, shard: int) -> Counts:
         number, group = divmod(shard, self._shards_per_plan)
         rows = read_table(self._store, plan_path(number), row_group=group)
-        index: list[dict[str, Any]] = []
+        index: list[tuple[str, str, int, int, str]] = []
         faces: list[dict[str, int]] = []
-        with self._store.publish(f"shards/{shard_name(shard)}") as scratch:
-            with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as tar:
-                for row in rows.to_pylist():
-                    if blurred := self._add_sample(tar, row, index):
-                        faces.append({"image": row["image"], "faces": blurred})
-            digest = hashlib.sha256()
-            with open(scratch, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            size = scratch.stat().st_size
-        facts = {"images": str(len(rows)), "bytes": str(size), "sha256": digest.hexdigest()}
+        with (
+            self._store.publish(f"shards/{shard_name(shard)}") as scratch,
+            TarWriter(scratch) as tar,
+        ):
+            for row, files in _originals(rows):
+                if blurred := self._add_sample(tar, row, files, index):
+                    faces.append({"image": row["image"], "faces": blurred})
+        facts = {"images": str(len(rows)), "bytes": str(tar.size), "sha256": tar.sha256}
         # The index is last: where it is, the shard is complete.
         if self._blur is not None:
             found = pa.Table.from_pylist(faces, schema=FACES)
             write_table(self._store, _faces_path(shard), found)
-        table = pa.Table.from_pylist(index, schema=SHARD_INDEX.with_metadata(facts))
+        columns = [list(column) for column in zip(*index, strict=True)]
+        table = pa.table(columns, schema=SHARD_INDEX.with_metadata(facts))
         write_table(self._store, _index_path(shard), table)
-        return {"images": len(rows), "bytes": size}
+        return {"images": len(rows), "bytes": tar.size}
 
     def _add_sample(
-        self, tar: tarfile.TarFile, row: dict[str, Any], index: list[dict[str, Any]]
+        self,
+        tar: TarWriter,
+        row: dict[str, Any],
+        files: list[bytes],
+        index: list[tuple[str, str, int, int, str]],
     ) -> int:
         """Adds an image with its lineage and extras; returns how many of its faces were blurred."""
-        key = row["id"].hex()
-        image = self._read(row, row["offset"], row["size"])
-        if hashlib.sha256(image).digest() != row["id"]:
-            raise StoreError(
-                f"{row['source']}: {row['key']} has changed since it was embedded; run again"
-            )
-        image, faces = self._blur.file(image) if self._blur else (image, 0)
+        key, (original, *extras) = row["id"].hex(), files
+        image, faces = self._blur.file(original) if self._blur else (original, 0)
         lineage = {name: row[name] for name in ("key", "set", "width", "height", "retrieved_by")}
         lineage |= {"id": key, "source": row["role"]}
         if faces:
             lineage["faces_blurred"] = faces
         if row["metadata"]:
             lineage["metadata"] = json.loads(row["metadata"])
-        members = {row["ext"]: image}
-        text = json.dumps(lineage, sort_keys=True, ensure_ascii=False)
-        members["json"] = text.encode()
-        for extra in row["extras"]:
+        members = {row["ext"]: image, "json": _LINEAGE.encode(lineage).encode()}
+        for extra, data in zip(row["extras"], extras, strict=True):
             ext = extra["ext"] if extra["ext"] not in members else f"source.{extra['ext']}"
-            members[ext] = self._read(row, extra["offset"], extra["size"])
+            members[ext] = data
         for ext, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{ext}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-            offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            digest = hashlib.sha256(data).hexdigest()
-            place = {"offset": offset, "size": len(data), "sha256": digest}
-            index.append({"key": key, "member": info.name, **place})
+            member = f"{key}.{ext}"
+            digest = key if data is original else hashlib.sha256(data).hexdigest()
+            index.append((key, member, tar.add(member, data), len(data), digest))
         return faces
 
-    def _read(self, row: dict[str, Any], offset: int, size: int) -> bytes:
-        if offset < 0:
-            path = row["locator"].decode("utf-8", "surrogateescape")
-            return open_store(row["source"]).read(path)
-        file = self._archive(row["source"], row["locator"])
-        file.seek(offset)
-        return file.read(size)
 
-    def _archive(self, source: str, locator: bytes) -> BinaryIO:
-        """An open archive; the least recently used one is closed when there are many."""
-        name = (source, locator)
-        if name not in self._open:
-            path = locator.decode("utf-8", "surrogateescape")
-            self._open[name] = open_store(source).open(path)
-            if len(self._open) > OPEN_ARCHIVES:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(name)
-        return self._open[name]
+def _originals(rows: pa.Table) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
+    """Each row with the bytes of its image and extras; the next ones are being read meanwhile."""
+    batches: list[list[dict[str, Any]]] = []
+    filled = BATCH_BYTES
+    for row in rows.to_pylist():
+        size = row["size"] + sum(extra["size"] for extra in row["extras"])
+        if filled + size > BATCH_BYTES or len(batches[-1]) == BATCH_IMAGES:
+            batches.append([])
+            filled = 0
+        batches[-1].append(row)
+        filled += size
+    sources = {uri: open_store(uri) for uri in pc.unique(rows["source"]).to_pylist()}
+    for batch, files in read_ahead(batches, partial(_read_batch, sources)):
+        yield from zip(batch, files, strict=True)
 
 
-def _manifest(cfg: ShardsConfig, shards: int, store: Store) -> dict[str, Any]:
+def _read_batch(sources: dict[str, Store], rows: list[dict[str, Any]]) -> list[list[bytes]]:
+    """The bytes of each row's image, checked, and of its extras. Errors: StoreError."""
+    found = []
+    for row in rows:
+        source, path = sources[row["source"]], row["locator"].decode("utf-8", "surrogateescape")
+        image = source.read(path, max(row["offset"], 0), row["size"])
+        if hashlib.sha256(image).digest() != row["id"]:
+            raise StoreError(
+                f"{row['source']}: {row['key']} has changed since it was embedded; run again"
+            )
+        extras = [source.read(path, extra["offset"], extra["size"]) for extra in row["extras"]]
+        found.append([image, *extras])
+    return found
+
+
+def shards_manifest(name: str, shards: int, store: Store) -> dict[str, Any]:
     """Counts and checksums of all shards; `hash` changes with any byte of any of them."""
     rows = []
     for shard in range(shards):
@@ -270,5 +274,5 @@ def _manifest(cfg: ShardsConfig, shards: int, store: Store) -> dict[str, Any]:
             }
         )
     whole = hashlib.sha256("\n".join(row["sha256"] for row in rows).encode()).hexdigest()
-    totals = {name: sum(row[name] for row in rows) for name in ("images", "bytes")}
-    return {"name": cfg.name, **totals, "hash": whole, "shards": rows}
+    totals = {total: sum(row[total] for row in rows) for total in ("images", "bytes")}
+    return {"name": name, **totals, "hash": whole, "shards": rows}

@@ -15,7 +15,7 @@ from curation.runtime.store import Store, open_store, read_table
 from curation.schema import PARTS_TABLE
 
 EXACT_TABLE = "embed/exact.parquet"
-READERS = 16  # parts that a loop over parts reads at a time
+READERS = 16  # parts, or batches of images, that a loop over them reads at a time
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,22 @@ def read_parts(store: Store, *roles: str) -> list[Part]:
     return [Part(**row) for row in rows if not roles or row["role"] in roles]
 
 
-Read = TypeVar("Read")
+Wanted, Read = TypeVar("Wanted"), TypeVar("Read")
 
 
-def read_ahead(parts: Sequence[Part], read: Callable[[Part], Read]) -> Iterator[tuple[Part, Read]]:
-    """Each part with what `read` finds of it, in order; the next READERS are being read meanwhile.
+def read_ahead(
+    items: Sequence[Wanted], read: Callable[[Wanted], Read]
+) -> Iterator[tuple[Wanted, Read]]:
+    """Each item with what `read` finds of it, in order; the next READERS are being read meanwhile.
 
-    For loops over very many parts in one process, which on S3 would wait for one request at a time.
+    For loops over very many in one process, which on S3 would wait for one request at a time.
     """
     with ThreadPoolExecutor(READERS) as pool:
         coming: deque[Future[Read]] = deque()
-        for number, part in enumerate(parts):
-            while len(coming) < READERS and number + len(coming) < len(parts):
-                coming.append(pool.submit(read, parts[number + len(coming)]))
-            yield part, coming.popleft().result()
+        for number, item in enumerate(items):
+            while len(coming) < READERS and number + len(coming) < len(items):
+                coming.append(pool.submit(read, items[number + len(coming)]))
+            yield item, coming.popleft().result()
 
 
 @dataclass(frozen=True)
