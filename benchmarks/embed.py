@@ -31,7 +31,7 @@ from benchmarks.measuring import machine, say, table, target
 from curation import pipeline
 from curation.images.decode import Limits, decode
 from curation.images.encoders import VectorModel, load_semantic
-from curation.planning.calibrate import TimedExecutor
+from curation.planning.small_runs import TimedExecutor
 from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import one_thread

@@ -8,10 +8,10 @@ import hashlib
 import io
 import json
 import tarfile
-from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,7 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import (
     Store,
     StoreError,
+    delete_all,
     open_store,
     read_table,
     read_uri,
@@ -45,10 +46,11 @@ from curation.stages.tables import (
     Part,
     by_part,
     column_numpy,
+    overlapped,
     read_parts,
 )
 
-OPEN_ARCHIVES = 64
+READ_BYTES = 1 << 20  # of images that are read one after the other, while others are too
 FACES_TABLE = "shards/faces.parquet"
 
 
@@ -90,8 +92,7 @@ def run(
     manifest = _manifest(cfg, shards, store)
     store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
     for folder in ("spool", "places", "plan", "faces"):
-        for entry in list(store.list(f"shards/{folder}")):
-            store.delete(entry.path)
+        delete_all(store, [entry.path for entry in store.list(f"shards/{folder}")])
     store.delete(ORDER_TABLE)
     counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
     counts |= {**blurred, "shards": shards, "computed": result.computed, "reused": result.reused}
@@ -176,7 +177,6 @@ class ShardWorker:
     def __init__(self, run_uri: str, shards_per_plan: int, faces: FacesConfig | None) -> None:
         self._store, self._shards_per_plan = open_store(run_uri), shards_per_plan
         self._blur = load_faces(faces)
-        self._open: OrderedDict[tuple[str, bytes], BinaryIO] = OrderedDict()
 
     def __call__(self, shard: int) -> Counts:
         number, group = divmod(shard, self._shards_per_plan)
@@ -185,9 +185,10 @@ class ShardWorker:
         faces: list[dict[str, int]] = []
         with self._store.publish(f"shards/{shard_name(shard)}") as scratch:
             with tarfile.open(scratch, "w", format=tarfile.GNU_FORMAT) as tar:
-                for row in rows.to_pylist():
-                    if blurred := self._add_sample(tar, row, index):
-                        faces.append({"image": row["image"], "faces": blurred})
+                for batch, found in overlapped(_batches(rows.to_pylist()), _read_samples):
+                    for row, data in zip(batch, found, strict=True):
+                        if blurred := self._add_sample(tar, row, data, index):
+                            faces.append({"image": row["image"], "faces": blurred})
             digest = hashlib.sha256()
             with open(scratch, "rb") as file:
                 while block := file.read(1 << 20):
@@ -203,11 +204,15 @@ class ShardWorker:
         return {"images": len(rows), "bytes": size}
 
     def _add_sample(
-        self, tar: tarfile.TarFile, row: dict[str, Any], index: list[dict[str, Any]]
+        self,
+        tar: tarfile.TarFile,
+        row: dict[str, Any],
+        data: list[bytes],
+        index: list[dict[str, Any]],
     ) -> int:
         """Adds an image with its lineage and extras; returns how many of its faces were blurred."""
         key = row["id"].hex()
-        image = self._read(row, row["offset"], row["size"])
+        image, *extras = data
         if hashlib.sha256(image).digest() != row["id"]:
             raise StoreError(
                 f"{row['source']}: {row['key']} has changed since it was embedded; run again"
@@ -222,53 +227,64 @@ class ShardWorker:
         members = {row["ext"]: image}
         text = json.dumps(lineage, sort_keys=True, ensure_ascii=False)
         members["json"] = text.encode()
-        for extra in row["extras"]:
+        for extra, content in zip(row["extras"], extras, strict=True):
             ext = extra["ext"] if extra["ext"] not in members else f"source.{extra['ext']}"
-            members[ext] = self._read(row, extra["offset"], extra["size"])
-        for ext, data in members.items():
+            members[ext] = content
+        for ext, content in members.items():
             info = tarfile.TarInfo(f"{key}.{ext}")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-            offset = tar.offset - -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            digest = hashlib.sha256(data).hexdigest()
-            place = {"offset": offset, "size": len(data), "sha256": digest}
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+            offset = tar.offset - -(-len(content) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            digest = hashlib.sha256(content).hexdigest()
+            place = {"offset": offset, "size": len(content), "sha256": digest}
             index.append({"key": key, "member": info.name, **place})
         return faces
 
-    def _read(self, row: dict[str, Any], offset: int, size: int) -> bytes:
-        if offset < 0:
-            path = row["locator"].decode("utf-8", "surrogateescape")
-            return open_store(row["source"]).read(path)
-        file = self._archive(row["source"], row["locator"])
-        file.seek(offset)
-        return file.read(size)
 
-    def _archive(self, source: str, locator: bytes) -> BinaryIO:
-        """An open archive; the least recently used one is closed when there are many."""
-        name = (source, locator)
-        if name not in self._open:
-            path = locator.decode("utf-8", "surrogateescape")
-            self._open[name] = open_store(source).open(path)
-            if len(self._open) > OPEN_ARCHIVES:
-                self._open.popitem(last=False)[1].close()
-        self._open.move_to_end(name)
-        return self._open[name]
+def _batches(rows: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of a plan in groups of about READ_BYTES of images."""
+    groups: list[list[dict[str, Any]]] = [[]]
+    filled = 0
+    for row in rows:
+        if filled >= READ_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(row)
+        filled += row["size"]
+    return groups
+
+
+def _read_samples(rows: list[dict[str, Any]]) -> list[list[bytes]]:
+    return [_read_sample(row) for row in rows]
+
+
+def _read_sample(row: dict[str, Any]) -> list[bytes]:
+    """The image and its extras: in one read where they lie together, as in archives."""
+    source, path = open_store(row["source"]), row["locator"].decode("utf-8", "surrogateescape")
+    if row["offset"] < 0:
+        return [source.read(path)]
+    places = [(one["offset"], one["size"]) for one in (row, *row["extras"])]
+    start, stop = min(at for at, _ in places), max(at + size for at, size in places)
+    if stop - start > READ_BYTES + sum(size for _, size in places):
+        return [source.read(path, at, size) for at, size in places]
+    data = source.read(path, start, stop - start)
+    return [data[at - start : at - start + size] for at, size in places]
 
 
 def _manifest(cfg: ShardsConfig, shards: int, store: Store) -> dict[str, Any]:
     """Counts and checksums of all shards; `hash` changes with any byte of any of them."""
-    rows = []
-    for shard in range(shards):
+
+    def facts(shard: int) -> dict[str, Any]:
         with store.open(_index_path(shard)) as file:
-            facts = pq.read_schema(file).metadata
-        rows.append(
-            {
-                "name": shard_name(shard),
-                "images": int(facts[b"images"]),
-                "bytes": int(facts[b"bytes"]),
-                "sha256": facts[b"sha256"].decode(),
-            }
-        )
+            found = pq.read_schema(file).metadata
+        return {
+            "name": shard_name(shard),
+            "images": int(found[b"images"]),
+            "bytes": int(found[b"bytes"]),
+            "sha256": found[b"sha256"].decode(),
+        }
+
+    rows = [row for _, row in overlapped(range(shards), facts)]
     whole = hashlib.sha256("\n".join(row["sha256"] for row in rows).encode()).hexdigest()
     totals = {name: sum(row[name] for row in rows) for name in ("images", "bytes")}
     return {"name": cfg.name, **totals, "hash": whole, "shards": rows}

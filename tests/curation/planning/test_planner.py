@@ -12,13 +12,13 @@ from workbench import Project
 from curation import pipeline
 from curation.algorithms import knn
 from curation.cli import main
-from curation.images.effort import SSCD, semantic_effort
+from curation.images.effort import semantic_effort
 from curation.planning import composition, constants, planner
 from curation.planning.constants import Constants
 from curation.planning.job import Job
 from curation.planning.search import Ask, Sent, search
 from curation.recipe import load
-from curation.stages import neighbours
+from curation.stages import neighbour_index, neighbours
 
 PRESET = Path(__file__).resolve().parents[3] / "recipes" / "lvd142m.yaml"
 PAPER = ["--images", "1.2e9", "--nodes", "20", "--gpus", "8", "--gpu", "v100"]
@@ -32,8 +32,7 @@ def c() -> Constants:
 def job(c: Constants, *overrides: str, pool: int = 1_200_000_000) -> Job:
     recipe = load(PRESET, list(overrides))
     found = composition.sizes(recipe, pipeline.ingest_config(recipe), pool)
-    effort = semantic_effort(recipe.encoder.model)
-    return Job(recipe, found, composition.shares(recipe, found), effort, SSCD, c)
+    return Job.of(recipe, found, c)
 
 
 def plans(c: Constants, nodes: int, *overrides: str, pool: int = 10_000_000) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def test_a_search_is_counted_as_the_stage_cuts_it(c: Constants) -> None:
     one = job(c)
     sent = Sent.of(one, ask)
     assert sent.cells == knn.cell_count(ask.base) == 103_923
-    assert sent.buckets == -(-ask.base // neighbours.BUCKET_ROWS)
+    assert sent.buckets == -(-ask.base // neighbour_index.BUCKET_ROWS)
     assert sent.base_chunks == neighbours.MOST_CHUNKS
     assert sent.waves == 1
     waves = Sent.of(job(c, "search.spill_bytes=200_000_000_000"), ask).waves
@@ -124,10 +123,10 @@ def test_the_paper_s_run_is_printed_with_its_bottleneck(capsys: pytest.CaptureFi
 
 def test_what_was_measured_here_replaces_what_was_shipped(tmp_path: Path, c: Constants) -> None:
     path = tmp_path / "machine.yaml"
-    path.write_text(constants.dump({"forward_gflops": 123.456789}, "a test of this machine"))
+    path.write_text(constants.dump({"forward_fp32_gflops": 123.456789}, "a test of this machine"))
     over = constants.load(str(path))
-    assert over["forward_gflops"] == 123.5
-    assert over.sources["forward_gflops"] == "a test of this machine"
+    assert over["forward_fp32_gflops"] == 123.5
+    assert over.sources["forward_fp32_gflops"] == "a test of this machine"
     assert over["prepare_s"] == c["prepare_s"]
 
 
@@ -163,7 +162,7 @@ def test_a_mistake_gets_one_clear_line(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("constants: {forward_gflop: {value: 1, source: x}}", "no such constant; did you mean"),
+        ("constants: {descriptor_gflop: {value: 1, source: x}}", "no such constant; did you mean"),
         ("constants: {prepare_s: 3}", "constants.prepare_s: must be {value: NUMBER, source: TEXT}"),
         ("constants: {prepare_s: {value: -1, source: x}}", "constants.prepare_s: must be"),
         ("gpus: {t4: {tflops: {fp16: 1}}}", "gpus.t4: must be a mapping of tflops, gpus, cores"),
