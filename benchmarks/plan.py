@@ -97,7 +97,8 @@ def searches(recipe: Recipe, sizes: Sequence[int], c: Constants) -> int:
         took, facts = small_runs.self_join(make(rows, COPIES, DIM))
         exact = recipe.search.model_copy(update={"exact_below": 0})
         asking = recipe.model_copy(update={"search": exact})
-        job = Job.of(asking, composition.Sizes(rows, {}, {}), c)
+        nothing = dict.fromkeys(recipe.sources.curated, 0)
+        job = Job.of(asking, composition.Sizes(rows, nothing, {}), c)
         ask = Ask("copies", rows, rows, DIM, facts["nprobe"], itself=True)
         said = sum(step.seconds for step in search(job, ask))
         ratio = said / took

@@ -165,9 +165,8 @@ def _search(recipe: Recipe, found: dict[str, float]) -> dict[str, float]:
 
     def counted(overhead: float) -> float:
         c = constants.shipped().updated({**found, "search_overhead": overhead})
-        return sum(
-            step.seconds for step in count_search(Job.of(asking, Sizes(ROWS, {}, {}), c), ask)
-        )
+        sizes = Sizes(ROWS, dict.fromkeys(recipe.sources.curated, 0), {})
+        return sum(step.seconds for step in count_search(Job.of(asking, sizes, c), ask))
 
     rest = counted(0)
     return {"search_overhead": max(1.0, (took - rest) / (counted(1) - rest))}

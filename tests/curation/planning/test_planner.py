@@ -109,6 +109,34 @@ def test_a_search_is_counted_as_the_stage_cuts_it(c: Constants) -> None:
     assert exact.seconds > 2 * 512 * 1000 * 150_000 / (c["exact_gflops"] * 1e9)
 
 
+def test_sets_that_search_or_draw_share_one_pass_over_the_pool(c: Constants) -> None:
+    names = [timed.step.name for timed in plans(c, 4)["retrieve"].steps]
+    assert names.count("the pool: put the base in cells") == 1
+    assert sum(name.endswith(": answer") for name in names) == 3  # a sampled set each
+    assert names.count("candidates to draw") == 1
+
+
+def test_the_store_itself_bounds_how_fast_any_number_of_nodes_read(c: Constants) -> None:
+    stage = plans(c, 500)["shards"]
+    (step,) = [timed for timed in stage.steps if timed.step.name == "write shards"]
+    assert step.limit == "S3 itself"
+    assert step.seconds == pytest.approx((step.step.gets + step.step.puts) / c["s3_requests_per_s"])
+
+
+def test_on_processors_the_encoder_has_the_rate_of_its_precision(c: Constants) -> None:
+    measured = c.updated({"forward_fp32_gflops": 40.0, "forward_bf16_gflops": 160.0})
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        recipe = load(PRESET, [f"encoder.precision={precision}", "output=/mnt/run"])
+        found = composition.sizes(recipe, pipeline.ingest_config(recipe), 10_000_000)
+        on = planner.hardware(measured, 1, 8, 0, None, precision)
+        embed = planner.plan(recipe, found, measured, on)[1]
+        seconds[precision] = embed.slowest.seconds
+    images = 10_000_000 + sum(one.images or 0 for one in _sets())
+    saved = images * 123.1e9 * (1 / 40e9 - 1 / 160e9) / 8
+    assert seconds["fp32"] - seconds["bf16"] == pytest.approx(saved, rel=0.02)
+
+
 def test_the_paper_s_run_is_printed_with_its_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(PRESET), *PAPER, "--sources"]) == 0
     out = capsys.readouterr().out
