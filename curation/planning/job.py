@@ -93,7 +93,7 @@ def driver(
     """
     c, name = job.c, f"{stage}_driver"
     image = f"{name}_image_s" if f"{name}_image_s" in c.values else "table_row_s"
-    seconds = c[f"{name}_start_s"] + images * c[image] + parts * c[f"{name}_part_s"]
+    seconds = c[f"{stage}_start_s"] + images * c[image] + parts * c[f"{name}_part_s"]
     return Step(
         "the driver's tables",
         "driver",

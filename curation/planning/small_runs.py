@@ -37,7 +37,8 @@ WORKING_DRIVERS = ("ingest", "dedup", "retrieve", "shards")  # others only read 
 # What the planner counts with; the rest is mostly maths, which it counts by itself.
 USED = {
     *(f"{name}_{what}_s" for name in WORKERS for what in ("part", "image")),
-    *(f"{name}_driver_{what}_s" for name in pipeline.STAGES for what in ("start", "part")),
+    *(f"{name}_driver_part_s" for name in pipeline.STAGES),
+    *(f"{name}_start_s" for name in pipeline.STAGES),
     *(f"{name}_driver_image_s" for name in WORKING_DRIVERS),
     "embed_part_s",
 }
@@ -75,7 +76,9 @@ def stages() -> dict[str, float]:
         both = large[name] - small[name] - part * (many - few)
         image = max(0.0, both / (LARGE - SMALL))
         begin = max(0.0, cold[name] - SMALL * image - few * part)
-        found |= {f"{name}_part_s": part, f"{name}_image_s": image, f"{name}_start_s": begin}
+        found |= {f"{name}_part_s": part, f"{name}_image_s": image}
+        stage = name.removesuffix("_driver")
+        found[f"{stage}_start_s"] = found.get(f"{stage}_start_s", 0.0) + begin
     return {name: value for name, value in found.items() if name in USED}
 
 
