@@ -33,7 +33,7 @@ from curation import pipeline
 from curation.algorithms.products import fast_dtype
 from curation.images.decode import Limits, decode
 from curation.images.encoders import OneDnnLinear, VectorModel, load_semantic
-from curation.planning.calibrate import TimedExecutor
+from curation.planning.small_runs import TimedExecutor
 from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import one_thread

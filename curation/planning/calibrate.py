@@ -4,55 +4,45 @@ The tables of every stage by small runs of the pipeline itself, the models of th
 pictures, and the products of searches and k-means on made-up vectors. About two minutes.
 """
 
-import contextlib
 import hashlib
 import io
-import math
 import tarfile
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from PIL import Image
 
 from curation import pipeline
 from curation.algorithms import kmeans, knn
 from curation.algorithms.best import Best
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats
+from curation.algorithms.sampling import draw_by_cluster
 from curation.algorithms.search import Base, Queries, Visits, search
 from curation.images.decode import Limits, decode
 from curation.images.effort import copy_effort, semantic_effort
 from curation.images.sources import scan_tar
-from curation.recipe import Recipe, RecipeError
-from curation.runtime.events import Events
-from curation.runtime.executor import InProcessExecutor, MakeWorker, Outcome, one_thread
-from curation.runtime.store import Store, open_store, read_table, write_table
+from curation.planning import constants, small_runs
+from curation.planning.composition import Sizes
+from curation.planning.job import Job
+from curation.planning.pictures import pictures
+from curation.planning.search import Ask
+from curation.planning.search import search as count_search
+from curation.recipe import Recipe
+from curation.runtime.executor import one_thread
+from curation.runtime.store import open_store, read_table, write_table
 from curation.stages.cluster_tables import binary, slice_table
+from curation.stages.exchange import receive, send
 from curation.stages.neighbour_workers import rows_of
 
-SMALL, LARGE = 200, 1700  # images of the small runs
-FEW, MANY = 50, 1000  # images a part in them
-CURATED = 30  # of so many images one
-WORKERS = ("cluster", "shards", "lineage")
-WORKING_DRIVERS = ("ingest", "dedup", "retrieve", "shards")  # others only read columns
-# What the planner counts with; the rest is mostly maths, which it counts by itself.
-USED = {
-    *(f"{name}_{what}_s" for name in WORKERS for what in ("part", "image")),
-    *(f"{name}_driver_{what}_s" for name in pipeline.STAGES for what in ("start", "part")),
-    *(f"{name}_driver_image_s" for name in WORKING_DRIVERS),
-    "embed_part_s",
-}
 DIM = 384
 ROWS = 40_000  # made-up vectors
 QUERIES = 1024
+BLOCKS = 500  # that one worker sends
 ARCHIVED = 2000  # images of an archive that is scanned
 SECONDS, RUNS = 2.0, 20  # for one figure, at most
 
@@ -65,10 +55,11 @@ def measure(recipe: Recipe, folder: str | None, say: Callable[[str], None]) -> d
     one_thread()
     found: dict[str, float] = {}
     steps: dict[str, Callable[[], dict[str, float]]] = {
-        "models on pictures": lambda: _models(recipe, _pictures(folder)),
+        "models on pictures": lambda: _models(recipe, pictures(folder)),
         "products of vectors": _vectors,
-        "tables of all stages": _stages,
+        "tables of all stages": small_runs.stages,
         "files": _files,
+        "a search": lambda: _search(recipe, found),
     }
     for what, step in steps.items():
         began = time.perf_counter()
@@ -77,47 +68,27 @@ def measure(recipe: Recipe, folder: str | None, say: Callable[[str], None]) -> d
     return found
 
 
-def _pictures(folder: str | None) -> list[bytes]:
-    if folder is None:
-        return [_picture(seed, 500, 400, 90) for seed in range(64)]
-    names = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    chosen = names[:: max(1, len(names) // 256)]
-    if not chosen:
-        raise RecipeError(f"--images {folder}: no files there")
-    return [path.read_bytes() for path in chosen]
-
-
-def _picture(seed: int, width: int, height: int, quality: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    smooth = Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8))
-    grain = rng.normal(0, 6, (height, width, 3))
-    pixels = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)) + grain
-    out = io.BytesIO()
-    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=quality)
-    return out.getvalue()
-
-
-def _models(recipe: Recipe, pictures: list[bytes]) -> dict[str, float]:
-    """Seconds to decode an image and make both inputs, and the rate of both models."""
+def _models(recipe: Recipe, images: list[bytes]) -> dict[str, float]:
+    """Seconds to decode an image and make both inputs, and the rate of each model."""
     cfg = pipeline.embed_config(recipe)
     loading = _once(cfg.load) + _once(cfg.load)  # by the driver to see if they can be, and a worker
     models = cfg.load()
     limits = Limits(**recipe.images.model_dump())
     pixels, began = [], time.process_time()
-    for data in pictures:
+    for data in images:
         image = decode(data, limits).pixels
         pixels.append([model.prepare(image) for model in models])
-    preparing = (time.process_time() - began) / len(pictures)
-    flop = semantic_effort(recipe.encoder.model).flop
-    flop += copy_effort(recipe.copy_descriptor.weights).flop
-    size, seconds = min(recipe.encoder.batch, len(pixels)), 0.0
-    for which, model in enumerate(models):
+    preparing = (time.process_time() - began) / len(images)
+    efforts = semantic_effort(recipe.encoder.model), copy_effort(recipe.copy_descriptor.weights)
+    size, rates = min(recipe.encoder.batch, len(pixels)), []
+    for which, (model, effort) in enumerate(zip(models, efforts, strict=True)):
         batch = np.stack([inputs[which] for inputs in pixels[:size]])
-        seconds += _seconds(partial(model, batch))
+        rates.append(size * effort.flop / _seconds(partial(model, batch)) / 1e9)
     return {
-        "image_bytes": float(np.mean([len(data) for data in pictures])),
+        "image_bytes": float(np.mean([len(data) for data in images])),
         "prepare_s": preparing,
-        "forward_gflops": size * flop / seconds / 1e9,
+        f"forward_{recipe.encoder.precision}_gflops": rates[0],
+        "descriptor_gflops": rates[1],
         "load_models_s": loading,
     }
 
@@ -138,11 +109,14 @@ def _once(work: Callable[[], Any], clock: Callable[[], float] = time.process_tim
 
 
 def _made_up(count: int) -> Floats:
-    """Unit rows (n, DIM) around a few thousand directions."""
+    """Unit rows (n, DIM) around a few thousand directions, a tenth of them copies of others."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((2000, DIM), np.float32)
     rows = centres[rng.integers(len(centres), size=count)]
     rows += rng.standard_normal((count, DIM), np.float32)
+    copies = rng.choice(count, count // 10, replace=False)
+    rows[copies] = rows[rng.integers(count, size=len(copies))]
+    rows[copies] += 0.7 * rng.standard_normal((len(copies), DIM), np.float32)
     unit: Floats = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     return unit
 
@@ -181,119 +155,21 @@ def _vectors() -> dict[str, float]:
     }
 
 
-class _Descriptor(torch.nn.Module):
-    """A copy descriptor that costs nothing: colours on a grid."""
+def _search(recipe: Recipe, found: dict[str, float]) -> dict[str, float]:
+    """How many times as long as its products a search takes, by what was found so far."""
+    small_runs.self_join(_made_up(ROWS // 10))  # loads what it needs
+    took, facts = small_runs.self_join(_made_up(ROWS))
+    by_cells = recipe.search.model_copy(update={"exact_below": 0})
+    asking = recipe.model_copy(update={"search": by_cells})
+    ask = Ask("copies", ROWS, ROWS, DIM, facts["nprobe"], itself=True)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grid = torch.nn.functional.adaptive_avg_pool2d(x, (6, 6)).flatten(1)
-        return torch.nn.functional.normalize(grid - grid.mean(dim=1, keepdim=True), dim=1)
+    def counted(overhead: float) -> float:
+        c = constants.shipped().updated({**found, "search_overhead": overhead})
+        sizes = Sizes(ROWS, dict.fromkeys(recipe.sources.curated, 0), {})
+        return sum(step.seconds for step in count_search(Job.of(asking, sizes, c), ask))
 
-
-def _stages() -> dict[str, float]:
-    """Seconds of each stage to begin, for a part and for an image, maths nearly left out."""
-    with tempfile.TemporaryDirectory(prefix="lvd-") as name:
-        folder = Path(name)
-        _tiny_models(folder)
-        for seed in range(LARGE):
-            path = folder / ("pool" if seed % CURATED else "curated") / f"{seed:05d}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(_picture(seed, 64, 64, 75))
-            if seed == SMALL - 1:
-                cold = _run(folder, "cold", FEW)
-                small = _run(folder, "small", FEW)
-        large, wide = _run(folder, "large", FEW), _run(folder, "wide", MANY)
-    found: dict[str, float] = {}
-    few, many, least = _parts(SMALL, FEW), _parts(LARGE, FEW), _parts(LARGE, MANY)
-    for name in cold:
-        part = max(0.0, (large[name] - wide[name]) / (many - least))
-        both = large[name] - small[name] - part * (many - few)
-        image = max(0.0, both / (LARGE - SMALL))
-        begin = max(0.0, cold[name] - SMALL * image - few * part)
-        found |= {f"{name}_part_s": part, f"{name}_image_s": image, f"{name}_start_s": begin}
-    return {name: value for name, value in found.items() if name in USED}
-
-
-def _parts(images: int, part_images: int) -> int:
-    """Of the pool and of every thirtieth image, the curated ones."""
-    curated = -(-images // CURATED)
-    return math.ceil(curated / part_images) + math.ceil((images - curated) / part_images)
-
-
-def _tiny_models(folder: Path) -> None:
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), folder / "vit.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # SSCD's format
-        torch.jit.script(_Descriptor()).save(str(folder / "copy.pt"))  # type: ignore[no-untyped-call]
-
-
-def _run(folder: Path, name: str, part_images: int) -> dict[str, float]:
-    """Seconds of every stage of a run that selects nearly all."""
-    recipe = Recipe.model_validate(
-        {
-            "name": "calibrate",
-            "output": str(folder / name),
-            "sources": {
-                "pool": [{"uri": str(folder / "pool")}],
-                "curated": {
-                    "all": {
-                        "uri": str(folder / "curated"),
-                        "retrieve": ["as_is", {"cluster": {"min_queries": 1}}],
-                    }
-                },
-            },
-            "encoder": {"model": "test_vit", "weights": str(folder / "vit.safetensors")},
-            "copy_descriptor": {"weights": str(folder / "copy.pt")},
-            "dedup": {"min_cosine": 0.999},
-            "cluster": {"k": 5, "iterations": 3},
-            "resources": {"part_images": part_images},
-        }
-    )
-    store = open_store(recipe.output)
-    clock = Clock(store)
-    pipeline.run(recipe, store, lambda _: clock.executor, clock)
-    return clock.seconds
-
-
-class Clock(Events):
-    """Events that also take the processor time of every stage: of its workers and its driver.
-
-    What else the machine does meanwhile counts not.
-    """
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-        self.seconds: dict[str, float] = {}
-        self.executor = TimedExecutor()
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began, before = time.process_time(), self.executor.seconds
-        with super().stage(name):
-            yield
-        workers = self.executor.seconds - before
-        self.seconds |= {name: workers, f"{name}_driver": time.process_time() - began - workers}
-
-
-class TimedExecutor(InProcessExecutor):
-    """Takes the processor time that its workers need."""
-
-    seconds = 0.0
-
-    def map(
-        self, make_worker: MakeWorker, items: Sequence[Any], gpu: bool = False
-    ) -> Iterator[Outcome]:
-        outcomes = super().map(make_worker, items, gpu)
-        while True:
-            began = time.process_time()
-            outcome = next(outcomes, None)
-            self.seconds += time.process_time() - began
-            if outcome is None:
-                return
-            yield outcome
+    rest = counted(0)
+    return {"search_overhead": max(1.0, (took - rest) / (counted(1) - rest))}
 
 
 def _archive() -> bytes:
@@ -312,6 +188,9 @@ def _files() -> dict[str, float]:
     raw = np.random.default_rng(0).integers(0, 100, (rows, 2 * DIM), dtype=np.uint8)
     block = raw.tobytes() * 4
     table = slice_table(raw.view(np.float16).astype(np.float32))
+    cluster, quota = np.arange(rows) % 100, np.full(100, rows // 200)
+    priority = np.ascontiguousarray(raw[:, :8]).view(np.uint64)[:, 0]
+    cutting = _seconds(lambda: draw_by_cluster(cluster, priority, quota, rows // 4))
     with tempfile.TemporaryDirectory(prefix="lvd-") as folder:
         store = open_store(folder)
         write_table(store, "large.parquet", table)
@@ -327,10 +206,16 @@ def _files() -> dict[str, float]:
         archive = _archive()
         scanning = _seconds(lambda: list(scan_tar(io.BytesIO(archive), len(archive))))
         writing = _seconds(lambda: store.write("block", block), time.perf_counter)
+        sent, to = table.slice(0, 4 * BLOCKS), np.arange(4 * BLOCKS) % BLOCKS
+        sending = _seconds(lambda: send(store, "sent", sent, to, BLOCKS))
+        receiving = _seconds(lambda: [receive(store, at, "sent") for at in range(BLOCKS)])
         hashing = _seconds(lambda: hashlib.sha256(block))
     return {
         "load_bytes_per_s": raw.nbytes / loading,
         "table_s": reading,
+        "send_block_s": sending / BLOCKS,
+        "receive_block_s": receiving / BLOCKS,
+        "cut_image_s": cutting / rows,
         "table_row_s": max(0.0, looking - reading) / rows,
         "scan_image_s": scanning / ARCHIVED,
         "write_bytes_per_s": len(block) / writing,

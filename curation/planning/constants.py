@@ -5,7 +5,7 @@ and what it has measured replaces what was shipped.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Constants:
 
     def __getitem__(self, name: str) -> float:
         return self.values[name]
+
+    def updated(self, values: Mapping[str, float]) -> "Constants":
+        """With these values in the place of others."""
+        return replace(self, values={**self.values, **values})
 
     def gpu(self, name: str) -> Gpu:
         """Raises RecipeError for a GPU that nothing is known of."""

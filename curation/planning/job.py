@@ -4,24 +4,29 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from curation.images.effort import Effort
-from curation.planning.composition import Share, Sizes
+from curation.images.effort import Effort, copy_effort, semantic_effort
+from curation.planning.composition import Share, Sizes, shares
 from curation.planning.constants import Constants
 from curation.recipe import Recipe
-from curation.stages.tables import READERS
+from curation.runtime.store import REQUESTS
 
-REQUESTS_A_TABLE = 3  # a Parquet file on S3: its size, its footer, its columns
+TABLE = 1  # requests for a small Parquet file on S3: its last megabyte, which is all of it
+IMAGES = 2  # for a column of a part's images, of which a megabyte is not all
+VECTORS = 3  # for those of a part: the file's end, the images' numbers, the vectors
+UPLOAD_PART = 16 << 20  # bytes of a request that uploads
+BLOCK = 2  # for what one worker has sent to another: its place, and itself
 
-Where = Literal["driver", "workers", "gpus"]
+Where = Literal["driver", "node", "workers", "gpus"]
 
 
 @dataclass(frozen=True)
 class Step:
     """Part of a stage. `items`: into how many pieces it can be cut.
 
-    `seconds` are of one core, `flop` of the models, which go to GPUs if there are any. `gets` and
-    `puts` are requests, of which a worker has `together` under way, `memory` bytes of the process
-    that does it.
+    `where`: the driver's process, all cores of its node, the workers, or their GPUs. `seconds` are
+    of one core, `flop` of the models, which go to GPUs if there are any. `gets` and `puts` are
+    requests, of which a process has `together` under way, `memory` bytes of the process that does
+    it.
     """
 
     name: str
@@ -47,6 +52,12 @@ class Job:
     semantic: Effort
     copy: Effort
     c: Constants
+
+    @classmethod
+    def of(cls, recipe: Recipe, sizes: Sizes, c: Constants) -> "Job":
+        """Raises EncoderError for a model that is not known."""
+        efforts = semantic_effort(recipe.encoder.model), copy_effort(recipe.copy_descriptor.weights)
+        return cls(recipe, sizes, shares(recipe, sizes), *efforts, c)
 
     def parts(self, images: int) -> int:
         """A part ends with its archive."""
@@ -74,16 +85,20 @@ class Job:
 
 
 def driver(
-    job: Job, stage: str, images: float, parts: int, tables: float, memory: float = 0.0
+    job: Job, stage: str, images: float, parts: int, requests: float, memory: float = 0.0
 ) -> Step:
-    """What the driver does itself with so many images, part by part, reading `tables` of each.
+    """What the driver does itself with so many images, part by part, with `requests` for each.
 
     Where it only reads columns, an image costs what a row of a table does.
     """
     c, name = job.c, f"{stage}_driver"
     image = f"{name}_image_s" if f"{name}_image_s" in c.values else "table_row_s"
-    seconds = c[f"{name}_start_s"] + images * c[image] + parts * c[f"{name}_part_s"]
-    gets = parts * tables * REQUESTS_A_TABLE
+    seconds = c[f"{stage}_start_s"] + images * c[image] + parts * c[f"{name}_part_s"]
     return Step(
-        "the driver's tables", "driver", seconds, gets=gets, together=READERS, memory=memory
+        "the driver's tables",
+        "driver",
+        seconds,
+        gets=requests * parts,
+        together=REQUESTS,
+        memory=memory,
     )

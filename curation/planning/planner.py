@@ -8,8 +8,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from curation.images.effort import copy_effort, semantic_effort
-from curation.planning.composition import Sizes, shares
+from curation.planning.composition import Sizes
 from curation.planning.constants import Constants, Gpu
 from curation.planning.job import Job, Step
 from curation.planning.stages import stage_steps
@@ -17,6 +16,7 @@ from curation.recipe import Recipe, RecipeError
 from curation.stages.embed import GPU_DECODE_THREADS
 
 HOUR = 3600
+ONE_NODE = ("driver", "node")
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,16 @@ def plan(recipe: Recipe, sizes: Sizes, c: Constants, on: Hardware) -> list[Stage
     """Every stage in order. Raises RecipeError or EncoderError."""
     if sizes.pool < 1:
         raise RecipeError(f"--images {sizes.pool}: must be at least 1")
-    semantic = semantic_effort(recipe.encoder.model)
-    copy = copy_effort(recipe.copy_descriptor.weights)
-    job = Job(recipe, sizes, shares(recipe, sizes), semantic, copy, c)
+    job = Job.of(recipe, sizes, c)
     return [_stage(job, on, name, steps) for name, steps in stage_steps(job).items()]
 
 
 def _stage(job: Job, on: Hardware, name: str, steps: list[Step]) -> StagePlan:
     process = job.c["process_bytes"]
-    held = {"driver": 0.0, "workers": 0.0, "gpus": 0.0}
-    for step in steps:
-        held[step.where] = max(held[step.where], step.memory)
+    driver = max((step.memory for step in steps if step.where in ONE_NODE), default=0.0)
+    worker = max((step.memory for step in steps if step.where not in ONE_NODE), default=0.0)
     timed = tuple(_timed(job, on, step) for step in steps)
-    worker = max(held["workers"], held["gpus"])
-    return StagePlan(name, timed, process + held["driver"], process + worker)
+    return StagePlan(name, timed, process + driver, process + worker)
 
 
 def _timed(job: Job, on: Hardware, step: Step) -> Timed:
@@ -127,30 +123,37 @@ def _timed(job: Job, on: Hardware, step: Step) -> Timed:
     c, flop_seconds = job.c, 0.0
     if not job.remote:
         step = replace(step, gets=0.0, puts=0.0)
-    computing = step.seconds
+    computing, precision = step.seconds, job.recipe.encoder.precision
     if on.gpu and step.where == "gpus":
-        precision = job.recipe.encoder.precision
-        share = job.semantic.flop / (job.semantic.flop + job.copy.flop)
-        rate = 1 / (share / on.gpu.tflops[precision] + (1 - share) / on.gpu.tflops["fp32"])
-        flop_seconds = _spread(step.flop / (rate * 1e12), step.items, on.all_gpus)
+        rate = _rate(job, 1e12 * on.gpu.tflops[precision], 1e12 * on.gpu.tflops["fp32"])
+        flop_seconds = _spread(step.flop / rate, step.items, on.all_gpus)
     else:
-        computing += step.flop / (c["forward_gflops"] * 1e9)
-    workers = 1 if step.where == "driver" else on.all_cores
+        semantic, copy = c[f"forward_{precision}_gflops"], c["descriptor_gflops"]
+        computing += step.flop / _rate(job, 1e9 * semantic, 1e9 * copy)
+    workers = {"driver": 1, "node": on.cores}.get(step.where, on.all_cores)
     if on.gpu and step.where == "gpus":
         workers = min(workers, on.all_gpus * GPU_DECODE_THREADS)
-    waiting = (step.gets + step.puts) * c["s3_request_s"] / step.together
+    requests = step.gets + step.puts
+    waiting = requests * max(c["s3_request_s"] / step.together, c["s3_core_s"])
     on_cores = _spread(computing + waiting, step.items, workers)
     network = on.gpu.network_bytes_per_s if on.gpu else c["network_bytes_per_s"]
-    nodes = 1 if step.where == "driver" else on.nodes
+    nodes = 1 if step.where in ONE_NODE else on.nodes
     moving = (step.read + step.written) / (nodes * network) if job.remote else 0.0
-    cores = "one process" if workers == 1 else "cores"
+    cores = "one process" if step.where == "driver" else "cores"
     by = {
         "S3 requests" if waiting > computing else cores: on_cores,
         "GPUs": flop_seconds,
         "network": moving,
+        "S3 itself": requests / c["s3_requests_per_s"],
     }
     limit = max(by, key=lambda name: by[name])
     return Timed(step, by[limit], limit)
+
+
+def _rate(job: Job, semantic: float, copy: float) -> float:
+    """FLOP/s over both models, by those of each; the copy descriptor is always in fp32."""
+    share = job.semantic.flop / (job.semantic.flop + job.copy.flop)
+    return 1 / (share / semantic + (1 - share) / copy)
 
 
 def _spread(seconds: float, items: int, workers: int) -> float:

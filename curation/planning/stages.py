@@ -6,18 +6,19 @@ nodes. Sizes of blocks come from the stages themselves, rates from `constants.ya
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from curation.algorithms import groups
-from curation.planning.job import REQUESTS_A_TABLE, Job, Step, driver
-from curation.planning.search import PAIR, Ask, search
-from curation.stages import centroids, cluster_sample, shard_plan
-from curation.stages.tables import READERS
+from curation.planning.job import BLOCK, IMAGES, TABLE, UPLOAD_PART, VECTORS, Job, Step, driver
+from curation.planning.search import LOAD, PAIR, Ask, search
+from curation.runtime.store import REQUESTS
+from curation.stages import centroids, cluster_sample, draws, shard_plan
 
 READ_AHEAD = 1 << 20  # bytes of a request within an archive
-UPLOAD_PART = 16 << 20  # bytes of a request that uploads
 LISTED = 1000  # objects of one LIST request
 IMAGE_ROW, MEMBER_ROW, LINEAGE_ROW = 120, 70, 150  # bytes an image in these tables
 PLAN_ROW = 200  # bytes of an image in the plan of the shards
+CANDIDATE = 24  # bytes of an image that may be drawn
 SAMPLE_BYTES = 2600  # of a shard beside the image: JSON, tar headers, padding, index
 
 
@@ -65,13 +66,13 @@ def _embed(job: Job) -> Iterator[Step]:
         flop=n * (job.semantic.flop + job.copy.flop),
         read=read,
         written=n * row,
-        gets=read / READ_AHEAD + parts * REQUESTS_A_TABLE,
+        gets=read / READ_AHEAD + parts * TABLE,
         puts=2 * parts,
         items=parts,
         memory=job.semantic.weight_bytes + job.copy.weight_bytes + pixels,
     )
     yield Step("sort the ids", "driver", n * c["sort_image_s"], memory=24.0 * job.sizes.pool)
-    yield driver(job, "embed", 2 * n, parts, 2)
+    yield driver(job, "embed", 2 * n, parts, 2 * IMAGES)
 
 
 def _dedup(job: Job) -> Iterator[Step]:
@@ -82,9 +83,9 @@ def _dedup(job: Job) -> Iterator[Step]:
         seekers = pool + sum(job.sizes.curated.values())
         yield from search(job, Ask("near the holdout", seekers, held, dim, c["dedup_nprobe"]))
     grouped = 0.1 * n  # groups of copies, 44 bytes each
-    yield driver(job, "dedup", n, parts, 3, memory=17.0 * n + 44 * grouped)
-    written = n * (c["pairs_per_image"] * PAIR + 40)
-    yield Step("decisions", "driver", read=written, written=20.0 * n, puts=parts)
+    read = n * (c["pairs_per_image"] * PAIR + 40)
+    tables = driver(job, "dedup", n, parts, 3 * IMAGES, memory=17.0 * n + 44 * grouped)
+    yield replace(tables, read=read, written=20.0 * n, puts=parts)
 
 
 def _cluster(job: Job) -> Iterator[Step]:
@@ -99,7 +100,7 @@ def _cluster(job: Job) -> Iterator[Step]:
             kept * load + parts * 2 * c["table_s"],
             read=kept * row,
             written=sample * row,
-            gets=parts * 2 * REQUESTS_A_TABLE,
+            gets=parts * LOAD,
             puts=sample / cluster_sample.SLICE_ROWS,
             items=math.ceil(sample / cluster_sample.SLICE_ROWS),
             memory=cluster_sample.SLICE_ROWS * dim * 6,
@@ -112,12 +113,12 @@ def _cluster(job: Job) -> Iterator[Step]:
         kept * (flop / rate + c["cluster_image_s"]) + parts * c["cluster_part_s"],
         read=kept * row,
         written=kept * 16,
-        gets=parts * 2 * REQUESTS_A_TABLE,
+        gets=parts * LOAD,
         puts=parts,
         items=parts,
         memory=r.k * dim * 8 + job.recipe.resources.part_images * dim * 6,
     )
-    yield driver(job, "cluster", 2 * kept, parts, 2)
+    yield driver(job, "cluster", 2 * kept, parts, 2 * TABLE)
 
 
 def _nearest(job: Job) -> tuple[float, float]:
@@ -138,7 +139,7 @@ def _fit_centroids(job: Job, sample: int) -> Iterator[Step]:
         flop = 2.0 * dim * r.k * sample * times
         held = sample * (4 * dim + 150) + 40.0 * r.k * dim
         seconds = flop / (c["kmeans_gflops"] * 1e9) + times * c["kmeans_iteration_s"] + load
-        yield Step("fit centroids", "driver", seconds, memory=held)
+        yield Step("fit centroids", "node", seconds, items=math.ceil(sample / 1024), memory=held)
         return
     flop, rate = _nearest(job)
     slices = math.ceil(sample / cluster_sample.SLICE_ROWS)
@@ -150,7 +151,7 @@ def _fit_centroids(job: Job, sample: int) -> Iterator[Step]:
         times * (sample * flop / rate + load),
         read=times * sample * 2 * dim,
         written=times * totals,
-        gets=times * REQUESTS_A_TABLE * slices,
+        gets=times * VECTORS * slices,
         puts=times * pieces,
         items=pieces,
         memory=30.0 * r.k * dim + cluster_sample.SLICE_ROWS * dim * 6,
@@ -160,27 +161,72 @@ def _fit_centroids(job: Job, sample: int) -> Iterator[Step]:
         "driver",
         times * totals / c["load_bytes_per_s"],
         read=times * totals,
-        gets=times * pieces * REQUESTS_A_TABLE,
+        gets=times * pieces * VECTORS,
         memory=40.0 * r.k * dim,
     )
 
 
 def _retrieve(job: Job) -> Iterator[Step]:
-    c, pool, dim = job.c, job.sizes.pool, job.semantic.dim
-    draws = 0
+    pool, dim = job.sizes.pool, job.semantic.dim
+    asks = []
     for name, source in job.recipe.sources.curated.items():
         if one := source.sample:
             times = 1 if one.collisions == "merge" else 2
             queries = job.sizes.curated[name] * times
-            yield from search(job, Ask(name, queries, pool, dim, c["retrieve_nprobe"]))
-        draws += bool(source.cluster) + 2 * bool(source.hierarchical)
-    parts = job.parts(pool) * draws
-    if draws:
-        seconds = job.kept * draws * c["draw_image_s"] + parts * c["retrieve_driver_part_s"]
-        gets = parts * 2 * REQUESTS_A_TABLE
-        yield Step(f"{draws} draws from clusters", "driver", seconds, gets=gets, together=READERS)
+            asks.append(Ask(name, queries, pool, dim, job.c["retrieve_nprobe"]))
+    yield from search(job, *asks)
+    yield from _draws(job)
     choices = sum(share.taken for share in job.shares)
-    yield driver(job, "retrieve", choices, 0, 0, memory=90.0 * choices)
+    curated = sum(job.parts(images) for images in job.sizes.curated.values())
+    tables = driver(job, "retrieve", choices, 0, 0, memory=90.0 * choices)
+    yield replace(tables, gets=float(IMAGES * (job.all_parts + curated)))
+
+
+def _draws(job: Job) -> Iterator[Step]:
+    """Hits of the sets' images, then one pass over the pool for all sets (`draws.py`)."""
+    c, k, dim = job.c, job.recipe.cluster.k, job.semantic.dim
+    sets = job.recipe.sources.curated
+    hitting = sum(job.sizes.curated[name] for name, one in sets.items() if one.cluster)
+    whole = sum(bool(one.hierarchical) for one in sets.values())
+    if not hitting + whole:
+        return
+    if hitting:
+        parts = job.parts(hitting)
+        yield Step(
+            "hits of clusters",
+            "workers",
+            hitting * (2.0 * dim * k / (c["exact_gflops"] * 1e9) + 2 * dim / c["load_bytes_per_s"]),
+            read=hitting * 2.0 * dim,
+            gets=parts * LOAD,
+            puts=parts,
+            items=parts,
+            memory=k * dim * 8.0,
+        )
+    drawn = [draw.expected_clusters or 0 for one in sets.values() if (draw := one.cluster)]
+    share = 1.0 if whole else min(1.0, sum(drawn) / k)
+    parts, chunks = job.parts(job.sizes.pool), math.ceil(job.sizes.pool / draws.CHUNK_IMAGES)
+    offered = job.kept * share
+    yield Step(
+        "candidates to draw",
+        "workers",
+        job.kept * c["draw_image_s"] + parts * 2 * c["table_s"],
+        read=job.sizes.pool * 32.0 + job.kept * 16.0,
+        written=offered * CANDIDATE,
+        gets=parts * (TABLE + IMAGES),
+        puts=chunks,
+        items=chunks,
+        together=REQUESTS,
+    )
+    taken = sum(share.taken for share in job.shares if share.how.startswith(("cluster", "hier")))
+    yield Step(
+        "draws from clusters",
+        "driver",
+        offered * (len(drawn) + whole) * c["draw_image_s"] + 2 * offered * c["cut_image_s"],
+        read=offered * CANDIDATE,
+        gets=chunks * VECTORS + whole * parts * TABLE,
+        together=REQUESTS,
+        memory=2.0 * CANDIDATE * taken,
+    )
 
 
 def _shards(job: Job) -> Iterator[Step]:
@@ -188,21 +234,22 @@ def _shards(job: Job) -> Iterator[Step]:
     size = c["image_bytes"]
     shards = math.ceil(chosen / job.recipe.shards.images_per_shard)
     written = chosen * (size + SAMPLE_BYTES)
-    fetched = chosen * max(size, READ_AHEAD) if job.remote else chosen * size
     moving = written * (3 / c["hash_bytes_per_s"] + 1 / c["write_bytes_per_s"])
     yield Step(
         "write shards",
         "workers",
         chosen * c["shards_image_s"] + moving,
-        read=fetched,
+        read=chosen * size,
         written=written,
-        gets=2 * chosen,
-        puts=shards * max(1, written / max(1, shards) / UPLOAD_PART),
+        gets=chosen,
+        puts=shards * (1 + max(1, written / max(1, shards) / UPLOAD_PART)),
         items=shards,
+        together=REQUESTS,
         memory=1e8,
     )
     yield _plan_shards(job)
-    yield driver(job, "shards", chosen, 0, 0, memory=40.0 * chosen)
+    tables = driver(job, "shards", chosen, 0, 0, memory=40.0 * chosen)
+    yield replace(tables, gets=float(TABLE * shards))
 
 
 def _plan_shards(job: Job) -> Step:
@@ -210,14 +257,15 @@ def _plan_shards(job: Job) -> Step:
     c, chosen, parts = job.c, job.selected, job.all_parts
     chunks = math.ceil(job.sizes.total / shard_plan.CHUNK_IMAGES)
     plans = math.ceil(chosen / shard_plan.PLAN_ROWS)
-    tables = 4 * parts + chunks * plans
+    blocks = chunks * plans
     return Step(
         "plan",
         "workers",
-        parts * c["shards_part_s"] + tables * c["table_s"],
+        parts * (c["shards_part_s"] + 4 * c["table_s"])
+        + blocks * (c["send_block_s"] + c["receive_block_s"]),
         read=job.sizes.total * (MEMBER_ROW + IMAGE_ROW) + chosen * PLAN_ROW,
         written=2.0 * chosen * PLAN_ROW,
-        gets=tables * REQUESTS_A_TABLE,
+        gets=parts * (2 * TABLE + 2 * IMAGES) + blocks * BLOCK,
         puts=chunks + plans,
         items=chunks,
         memory=2.0 * shard_plan.PLAN_ROWS * 1000,
@@ -232,12 +280,12 @@ def _lineage(job: Job) -> Iterator[Step]:
         n * c["lineage_image_s"] + parts * c["lineage_part_s"],
         read=n * (IMAGE_ROW + 20.0),
         written=n * LINEAGE_ROW,
-        gets=parts * 6 * REQUESTS_A_TABLE,
+        gets=parts * (4 * TABLE + 2 * IMAGES),
         puts=parts,
         items=parts,
     )
-    yield driver(job, "lineage", n, parts, 1)
+    yield driver(job, "lineage", n, parts, TABLE)
 
 
 def _report(job: Job) -> Iterator[Step]:
-    yield driver(job, "report", 5 * job.sizes.total, job.all_parts, 5)
+    yield driver(job, "report", 5 * job.sizes.total, job.all_parts, 5 * TABLE)

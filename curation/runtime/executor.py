@@ -4,6 +4,8 @@ A worker is a plain class: `__init__` loads what it needs once, `__call__(item)`
 writes its output to the store and returns counts. What a part did is in the store, not in memory.
 """
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +58,19 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Maths threads on every core for a while: what is done then must not depend on them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class InProcessExecutor:

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from curation.runtime.store import Store, StoreError
+from curation.runtime.store import Store, StoreError, delete_all
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def begin(store: Store, stage: str, wanted: str, keep: tuple[str, ...] = ()) -> 
     # Both markers go before any file: a kill in between must not leave them over half the files.
     store.delete(f"{stage}/done.json")
     store.delete(started)
-    for entry in list(store.list(stage)):
-        if not entry.path.startswith(tuple(f"{stage}/{name}/" for name in keep)):
-            store.delete(entry.path)
+    kept = tuple(f"{stage}/{name}/" for name in keep)
+    found = [entry.path for entry in store.list(stage)]
+    delete_all(store, [path for path in found if not path.startswith(kept)])
     store.write(started, json.dumps({"fingerprint": wanted}).encode())
 
 

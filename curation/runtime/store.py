@@ -12,7 +12,8 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 DISK_FULL = "the disk is full"
+REQUESTS = 16  # that one process has under way where many are independent
 # tempfile's names; an image of the user's that begins alike has an extension
 SCRATCH = re.compile(r"\.tmp-[a-z0-9_]{8}")
 
@@ -83,6 +85,13 @@ def read_uri(uri: str) -> bytes:
     """A whole file by its uri. Errors: StoreError."""
     root, name = split_uri(uri)
     return open_store(root).read(name)
+
+
+def delete_all(store: Store, paths: Iterable[str]) -> None:
+    """Deletes some files, `REQUESTS` at a time."""
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for _ in pool.map(store.delete, paths):
+            pass
 
 
 def reason(path: Path | str, error: OSError) -> StoreError:

@@ -10,25 +10,29 @@ whole numbers, so that both give the same bytes. A killed run goes on with the l
 iteration. All of `cluster/fit` is deleted at the end.
 """
 
-import contextlib
 import functools
-import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from curation.algorithms import kmeans
 from curation.algorithms.groups import assigners
 from curation.algorithms.lloyd import Blocks, BlockSweep, Clustering, Metric, Sweep, Totals, lloyd
 from curation.algorithms.products import Floats
 from curation.runtime.events import Events
-from curation.runtime.executor import Counts, Executor, InProcessExecutor, Item
-from curation.runtime.store import Store, StoreError, open_store, read_table, write_table
+from curation.runtime.executor import Counts, Executor, InProcessExecutor, Item, all_cores
+from curation.runtime.store import (
+    Store,
+    StoreError,
+    delete_all,
+    open_store,
+    read_table,
+    write_table,
+)
 from curation.stages import cluster_sample
 from curation.stages.cluster_tables import (
     CENTROIDS_TABLE,
@@ -69,7 +73,7 @@ def fit(
         fitting = replace(fitting, executor=InProcessExecutor())
         held = [one.load(cfg, store) for one in drawn]
     probe = functools.cache(partial(kmeans.probe, _blocks(fitting, drawn, held), count))
-    with _all_cores():
+    with all_cores():
         fitted = _fit_rounds(fitting, drawn, held, probe)
         publish_groups(store, CENTROIDS_TABLE, fitted.centroids, probe)
     objective = " ".join(f"{value:.7f}" for value in fitted.objective)
@@ -128,21 +132,9 @@ def _fit_round(
     return lloyd(start, sweep, cfg.iterations, METRIC, note)
 
 
-@contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    """Maths threads on every core for a while: what is done then must not depend on them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def clear(store: Store) -> None:
     """Deletes what only the fit needed."""
-    for entry in list(store.list(FOLDER)):
-        store.delete(entry.path)
+    delete_all(store, [entry.path for entry in store.list(FOLDER)])
 
 
 @dataclass(frozen=True)
@@ -215,9 +207,8 @@ def _keep(now: Clustering, number: int, store: Store) -> None:
     facts = {"objective": objective, "rests": str(now.rests)}
     write_table(store, path, centroids_table(now.centroids, facts))
     needed = (path, f"{sample_folder(0)}/", f"{sample_folder(number)}/")
-    for entry in list(store.list(FOLDER)):
-        if not entry.path.startswith(needed):
-            store.delete(entry.path)
+    found = [entry.path for entry in store.list(FOLDER)]
+    delete_all(store, [path for path in found if not path.startswith(needed)])
 
 
 def _latest(store: Store) -> tuple[str, int]:

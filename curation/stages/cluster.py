@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms.assign import scores_of
+from curation.algorithms.products import Ints
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all, timer
 from curation.runtime.manifest import StageReport, begin, finish
@@ -23,7 +24,7 @@ from curation.stages.cluster_tables import (
     read_centroids,
     read_objective,
 )
-from curation.stages.tables import Part, VectorView, read_ahead, read_parts
+from curation.stages.tables import Part, VectorView, overlapped, read_parts
 
 
 def run(
@@ -45,11 +46,7 @@ def run(
         events,
     )
     require_all(result, "cluster")
-    sizes = np.zeros(len(read_centroids(store)), np.int64)
-    for _, table in read_ahead(
-        pool, lambda part: read_table(store, assignments_path(part), ["cluster"])
-    ):
-        sizes += np.bincount(table["cluster"].to_numpy(), minlength=len(sizes))
+    sizes = sizes_of(store, len(read_centroids(store)))
     counts: dict[str, Any] = {"clusters": len(sizes), "images": int(sizes.sum())}
     counts |= {"empty": int((sizes == 0).sum()), "largest": int(sizes.max())}
     counts |= {"objective": read_objective(store)}
@@ -59,6 +56,18 @@ def run(
 
 def assignments_path(part: Part) -> str:
     return f"cluster/assignments/{part.part:06d}.parquet"
+
+
+def sizes_of(store: Store, clusters: int) -> Ints:
+    """Kept pool images of each cluster (k,)."""
+    sizes = np.zeros(clusters, np.int64)
+
+    def read(part: Part) -> pa.Table:
+        return read_table(store, assignments_path(part), ["cluster"])
+
+    for _, table in overlapped(read_parts(store, "pool"), read):
+        sizes += np.bincount(table["cluster"].to_numpy(), minlength=clusters)
+    return sizes
 
 
 class AssignWorker:

@@ -11,7 +11,7 @@ from curation.algorithms.products import Ints
 from curation.runtime.executor import Counts, Item
 from curation.runtime.store import open_store, write_table
 from curation.stages.cluster_tables import ClusterConfig, Fitting, Slice, slice_table
-from curation.stages.tables import Part, read_ahead, read_decisions
+from curation.stages.tables import Part, overlapped, read_decisions
 
 SLICE_ROWS = 131_072
 Draw = tuple[Part, int]  # a part and how many of its kept images are drawn
@@ -20,7 +20,7 @@ Draw = tuple[Part, int]  # a part and how many of its kept images are drawn
 def draw(fitting: Fitting, pool: list[Part]) -> list[Slice]:
     """The slices, published; none if no image is kept."""
     cfg, kept = fitting.cfg, []
-    for _, table in read_ahead(pool, partial(read_decisions, fitting.store)):
+    for _, table in overlapped(pool, partial(read_decisions, fitting.store)):
         decisions = table["decision"].to_numpy(zero_copy_only=False)
         kept.append(int((decisions == "kept").sum()))
     wanted = cfg.k * cfg.sample_per_centroid or sum(kept)

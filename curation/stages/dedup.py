@@ -8,7 +8,6 @@ edges read block by block: 17 bytes an image and 44 a group of copies (docs/memo
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ from curation.stages.tables import (
     column_numpy,
     decisions_path,
     ids_of,
-    read_ahead,
+    overlapped,
     read_parts,
     usable_images,
 )
@@ -166,11 +165,14 @@ def _write_decisions(
     _offer_copies(groups, best, parts, embedded, store)
     verdicts = Verdicts(groups, best, _tainted(groups), *_holdout_ids(parts, embedded, store))
     counts = {"kept": 0, "duplicate": 0, "near_holdout": 0}
-    for part, usable in read_ahead(parts, partial(usable_images, store, embedded)):
-        table = verdicts.of(part, usable)
+
+    def decide(part: Part) -> Counter[str]:
+        table = verdicts.of(part, usable_images(store, embedded, part))
         write_table(store, decisions_path(part), table)
+        return Counter(table["decision"].to_pylist())
+
+    for part, found in overlapped(parts, decide):
         if part.role == "pool":
-            found = Counter(table["decision"].to_pylist())
             counts = {name: count + found[name] for name, count in counts.items()}
     return counts
 
@@ -179,14 +181,22 @@ def _offer_copies(
     groups: Groups, best: Representatives, parts: list[Part], embedded: Embedded, store: Store
 ) -> None:
     """Every usable pool image may stay for its group; one that is alone costs nothing."""
-    for part in parts:
+
+    def read(part: Part) -> tuple[Ints, pa.Table] | None:
         label = groups.labels[part.base : part.base + part.rows]
-        if part.role != "pool" or not (grouped := best.grouped(label)).any():
-            continue
+        if not (grouped := best.grouped(label)).any():
+            return None
         rows = np.flatnonzero(grouped & usable_images(store, embedded, part))
-        table = read_table(store, embedded.images_path(part), ["id", "width", "height"]).take(rows)
+        table = read_table(store, embedded.images_path(part), ["id", "width", "height"])
+        return rows, table.take(rows)
+
+    for part, found in overlapped([part for part in parts if part.role == "pool"], read):
+        if found is None:
+            continue
+        rows, table = found
         pixels = column_numpy(table, "width") * column_numpy(table, "height")
-        best.offer(part.base + rows, label[rows], pixels, column_bytes(table, "id"))
+        images = part.base + rows
+        best.offer(images, groups.labels[images], pixels, column_bytes(table, "id"))
 
 
 def _tainted(groups: Groups) -> npt.NDArray[np.bool_]:

@@ -27,6 +27,7 @@ from curation.runtime.store import (
     Store,
     StoreError,
     compression,
+    delete_all,
     open_store,
     read_table,
     read_uri,
@@ -35,7 +36,7 @@ from curation.runtime.store import (
 from curation.schema import IMAGES, vectors
 from curation.stages.exact import exact_duplicates
 from curation.stages.part_bytes import read_part
-from curation.stages.tables import Embedded, Part, read_ahead, read_parts
+from curation.stages.tables import Embedded, Part, overlapped, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
 RETRYABLE = ("part_failed", "unreadable")
@@ -111,9 +112,8 @@ def run(
     counts["exact_duplicates"] = exact_duplicates(store, embedded)
     for folder, path in (("images", embedded.images_path), ("vectors", embedded.vectors_path)):
         keep = {path(part) for part in parts}
-        for entry in list(store.list(f"embed/{folder}")):
-            if entry.path not in keep:
-                store.delete(entry.path)
+        have = {entry.path for entry in store.list(f"embed/{folder}")}
+        delete_all(store, have - keep)
     counts |= {
         "computed": result.computed,
         "reused": result.reused,
@@ -298,7 +298,7 @@ def _summary(
     reasons: Counter[str] = Counter()
     usable: Counter[str] = Counter()
     columns = ["fault", "unsafe"] if cfg.filter else ["fault"]
-    for part, table in read_ahead(
+    for part, table in overlapped(
         parts, lambda part: read_table(store, embedded.images_path(part), columns)
     ):
         if cfg.filter is not None:

@@ -11,7 +11,7 @@ from curation.stages.tables import (
     column_bytes,
     first_of_equal,
     ids_of,
-    read_ahead,
+    overlapped,
     read_parts,
 )
 
@@ -23,7 +23,7 @@ def exact_duplicates(store: Store, embedded: Embedded) -> int:
     """
     numbers, prefixes = [], []
     pool = read_parts(store, "pool")
-    for part, table in read_ahead(
+    for part, table in overlapped(
         pool, lambda part: read_table(store, embedded.images_path(part), columns=["id", "fault"])
     ):
         rows = np.flatnonzero(table["fault"].is_null().to_numpy(zero_copy_only=False))

@@ -10,26 +10,24 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import hierarchy
-from curation.algorithms.sampling import Ints
-from curation.runtime.store import Store, read_table, write_table
+from curation.runtime.store import read_table, write_table
 from curation.schema import HIERARCHY
-from curation.stages.cluster import assignments_path
+from curation.stages.cluster import sizes_of
 from curation.stages.cluster_tables import read_centroids
-from curation.stages.modes import Choices, HierarchicalConfig, Task, draw
-from curation.stages.tables import column_numpy, read_parts
+from curation.stages.draws import Quota
+from curation.stages.modes import HierarchicalConfig, Task
+from curation.stages.tables import column_numpy
 
 
-def choose(task: Task, one: HierarchicalConfig) -> Choices:
+def quota(task: Task, one: HierarchicalConfig) -> Quota:
     """`target_size` images of the pool; the set's own images have no part in it."""
     path = f"retrieve/hierarchy/{task.set}.parquet"
     if not task.store.exists(path):
         write_table(task.store, path, _fit(task, one))
     table = read_table(task.store, path)
-    level, quota = column_numpy(table, "level"), column_numpy(table, "quota")
-    drawn = draw(task, quota[level == 1], one.target_size)
-    image, cosine = column_numpy(drawn, "image"), drawn["cosine"].to_numpy()
+    level, per_cluster = column_numpy(table, "level"), column_numpy(table, "quota")
     facts = {"asked": one.target_size, "levels": _balance(table)}
-    return Choices(task.set, "hierarchical", image, np.full(len(image), -1), cosine, facts=facts)
+    return Quota(task, "hierarchical", per_cluster[level == 1], one.target_size, facts)
 
 
 def _fit(task: Task, one: HierarchicalConfig) -> pa.Table:
@@ -37,7 +35,7 @@ def _fit(task: Task, one: HierarchicalConfig) -> pa.Table:
     centroids = read_centroids(task.store)
     rng = np.random.default_rng([task.cfg.seed, 1])
     levels = hierarchy.grow(centroids, one.counts, rng)
-    images = hierarchy.sizes_of_levels(_sizes(task.store, len(centroids)), levels)
+    images = hierarchy.sizes_of_levels(sizes_of(task.store, len(centroids)), levels)
     quotas = hierarchy.top_down(one.target_size, images, levels)
     parents = [pa.array(level.parent, pa.int32()) for level in levels]
     parents.append(pa.nulls(len(images[-1]), pa.int32()))
@@ -48,15 +46,6 @@ def _fit(task: Task, one: HierarchicalConfig) -> pa.Table:
         columns = [level, cluster, parent, pa.array(size), pa.array(quota)]
         tables.append(pa.Table.from_arrays(columns, schema=HIERARCHY))
     return pa.concat_tables(tables).combine_chunks()
-
-
-def _sizes(store: Store, clusters: int) -> Ints:
-    """Kept pool images of each cluster (k,)."""
-    sizes = np.zeros(clusters, np.int64)
-    for part in read_parts(store, "pool"):
-        table = read_table(store, assignments_path(part), ["cluster"])
-        sizes += np.bincount(table["cluster"].to_numpy(), minlength=clusters)
-    return sizes
 
 
 def _balance(table: pa.Table) -> list[dict[str, Any]]:

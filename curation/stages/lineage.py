@@ -20,7 +20,7 @@ from curation.stages.tables import (
     Embedded,
     Part,
     ids_of,
-    read_ahead,
+    overlapped,
     read_decisions,
     read_parts,
     rows_of_part,
@@ -51,7 +51,7 @@ def run(
     require_all(result, "lineage")
     write_lookups(store, parts, executor, events)
     counts: dict[str, dict[str, int]] = {}
-    for part, table in read_ahead(
+    for part, table in overlapped(
         parts, lambda part: read_table(store, lineage_path(part.part), ["decision"])
     ):
         column = table["decision"]

@@ -27,7 +27,8 @@ class SearchConfig:
 class Join:
     """One search. Its answers go to `folder`, a file a chunk of queries.
 
-    `itself`: the queries are the base, and no image finds itself.
+    `itself`: the queries are the base, and no image finds itself. `shared`: the folder of the index
+    of the base, if other searches ask in it too.
     """
 
     stage: str
@@ -39,18 +40,45 @@ class Join:
     itself: bool
     how: SearchConfig
     seed: int
+    shared: str = ""
+
+    @property
+    def index(self) -> str:
+        """Where the base lies in cells."""
+        return self.shared or f"{self.folder}/index"
 
     @property
     def what(self) -> knn.Search:
         return knn.Search(self.k, self.min_cosine, self.itself, self.how.target_recall, self.seed)
 
     def path(self, kind: str, *numbers: int) -> str:
-        """The file of one item of a step."""
-        return f"{self.folder}/{kind}/{'-'.join(f'{number:06d}' for number in numbers)}.parquet"
+        """The table of one item of a step."""
+        return f"{self.folder}/{kind}/{_name(numbers)}.parquet"
+
+    def sent(self, kind: str, *numbers: int) -> str:
+        """What one item of a step sends to those of the next."""
+        return f"{self.folder}/{kind}/{_name(numbers)}.blocks"
+
+    def sample_of_base(self, chunk: int) -> str:
+        """The rows of a chunk of the base on which cells are fitted."""
+        return f"{self.index}/sample/{chunk:06d}.parquet"
+
+    def base_sent(self, chunk: int) -> str:
+        """What a chunk of the base sends to the buckets."""
+        return f"{self.index}/base/{chunk:06d}.blocks"
 
     def setup(self, name: str) -> str:
         """A file that all workers of the search read."""
         return f"{self.folder}/setup/{name}.npz"
+
+    @property
+    def cells(self) -> str:
+        """The plan that the base was put in buckets by."""
+        return f"{self.index}/cells.npz"
+
+
+def _name(numbers: tuple[int, ...]) -> str:
+    return "-".join(f"{number:06d}" for number in numbers)
 
 
 Group = tuple[Part, ...]

@@ -1,6 +1,7 @@
 """The workers of `neighbours.search`: each turns one item into one published file."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -12,11 +13,11 @@ from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.products import Floats, Ints
 from curation.algorithms.search import Base, Queries, Twins, Visits, search
 from curation.runtime.executor import Counts
-from curation.runtime.store import Store, open_store, write_table
+from curation.runtime.store import REQUESTS, Store, open_store, read_table, write_table
 from curation.schema import NEIGHBOURS
-from curation.stages.exchange import receive, send
+from curation.stages.exchange import receive_each, send
 from curation.stages.neighbour_plan import Join, Layout, Plan, load_arrays
-from curation.stages.tables import Part, VectorView, column_bytes, column_numpy
+from curation.stages.tables import Part, VectorView, column_bytes, column_numpy, overlapped
 
 MERGE_ROWS = 1 << 24  # pairs held before the best of them are chosen
 HEAP_BYTES = 1 << 28  # what the best of the queries answered together may take
@@ -24,8 +25,14 @@ HEAP_BYTES = 1 << 28  # what the best of the queries answered together may take
 
 def load(view: VectorView, store: Store, parts: Sequence[Part]) -> Queries:
     """The numbers (n,) and unit rows (n, D) of some parts."""
-    loaded = [view.load(store, part) for part in parts]
+    loaded = [found for _, found in overlapped(parts, partial(view.load, store))]
     return Queries(np.concatenate([v for _, v in loaded]), np.concatenate([n for n, _ in loaded]))
+
+
+def read_queries(store: Store, join: Join) -> Queries:
+    """The sample of a search's queries."""
+    sample = load_arrays(store, join.setup("sample"))
+    return Queries(sample["rows"], sample["numbers"])
 
 
 def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Queries, pa.Table]:
@@ -92,17 +99,34 @@ class ExactWorker:
         return {"pairs": len(found)}
 
 
-class PartitionWorker:
-    """Sends the rows of a chunk of the base to their buckets; compares the sample with them."""
+class SampleWorker:
+    """Publishes rows of a chunk of the base, evenly spaced: its share of all that are wanted."""
 
-    def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
+    def __init__(self, join: Join, run_uri: str, layout: Layout, wanted: int) -> None:
         self._join, self._store, self._layout = join, open_store(run_uri), layout
-        self._plan = Plan.load(self._store, join.setup("plan"))
-        sample = load_arrays(self._store, join.setup("sample"))
-        self._sample = Queries(sample["rows"], sample["numbers"])
+        self._wanted = wanted  # of the whole base
 
     def __call__(self, chunk: int) -> Counts:
-        join, store, plan = self._join, self._store, self._plan
+        images = [sum(part.rows for part in parts) for parts in self._layout.base]
+        share = round(self._wanted * images[chunk] / max(1, sum(images)))
+        rows = load(self._join.base, self._store, self._layout.base[chunk]).rows
+        wanted = min(share, len(rows))
+        taken = rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
+        table = pa.table({"vector": vectors(taken)})
+        write_table(self._store, self._join.sample_of_base(chunk), table)
+        return {"images": len(taken)}
+
+
+class PartitionWorker:
+    """Sends the rows of a chunk of the base to their buckets; compares all samples with them."""
+
+    def __init__(self, joins: Sequence[Join], run_uri: str, layout: Layout) -> None:
+        self._joins, self._store, self._layout = joins, open_store(run_uri), layout
+        self._plan = Plan.load(self._store, joins[0].cells)
+        self._samples = [read_queries(self._store, join) for join in joins]
+
+    def __call__(self, chunk: int) -> Counts:
+        join, store, plan = self._joins[0], self._store, self._plan
         if join.itself:
             rows, _ = load_distinct(join, store, self._layout.base[chunk])
         else:
@@ -111,22 +135,24 @@ class PartitionWorker:
         table = pa.table(
             {"image": rows.numbers, "cell": cell.astype(np.int32), "vector": vectors(rows.rows)}
         )
-        truth = pairs_of(
-            np.arange(len(self._sample.rows)), knn.exact(self._sample, [rows], join.what)
-        )
-        at = np.searchsorted(rows.numbers, column_numpy(truth, "image"))
-        write_table(
-            store,
-            join.path("truth", chunk),
-            truth.append_column("cell", pa.array(cell[at])).append_column(
-                "vector", vectors(rows.rows[at])
-            ),
-        )
+        for one, sample in zip(self._joins, self._samples, strict=True):
+            self._write_truth(one, sample, chunk, rows, cell)
         if join.itself:
             stays = knn.standing(rows.rows, cell, len(plan.cells), join.what)
             table, cell = table.filter(pa.array(stays)), cell[stays]
-        send(store, join.path("base", chunk), table, plan.bucket_of(cell), plan.buckets)
+        send(store, join.base_sent(chunk), table, plan.bucket_of(cell), plan.buckets)
         return {"images": len(rows.rows)}
+
+    def _write_truth(
+        self, join: Join, sample: Queries, chunk: int, rows: Queries, cell: Ints
+    ) -> None:
+        """What the sample's true neighbours among the rows are, with their cells and vectors."""
+        near = knn.exact(sample, [rows], join.what)
+        truth = pairs_of(np.arange(len(sample.rows)), near)
+        at = np.searchsorted(rows.numbers, column_numpy(truth, "image"))
+        truth = truth.append_column("cell", pa.array(cell[at]))
+        truth = truth.append_column("vector", vectors(rows.rows[at]))
+        write_table(self._store, join.path("truth", chunk), truth)
 
 
 class RouteWorker:
@@ -139,8 +165,7 @@ class RouteWorker:
     def __call__(self, chunk: int) -> Counts:
         join, store, plan = self._join, self._store, self._plan
         queries, equal = load_distinct(join, store, self._layout.queries[chunk])
-        here = np.full(len(equal), chunk)
-        send(store, join.path("pairs", 0, chunk), equal, here, len(self._layout.queries))
+        write_table(store, join.path("equal", chunk), equal)
         way = plan.cells.way(queries.rows, plan.nprobe)
         row, step = np.nonzero(way != NONE)
         cell = way[row, step]
@@ -158,7 +183,7 @@ class RouteWorker:
                 "vector": vectors(queries.rows[row[starts]]),
             }
         )
-        send(store, join.path("queries", chunk), table, bucket[starts], plan.buckets)
+        send(store, join.sent("queries", chunk), table, bucket[starts], plan.buckets)
         return {"copies": len(table)}
 
 
@@ -173,11 +198,8 @@ class AnswerWorker:
     def __call__(self, bucket: int) -> Counts:
         join, store = self._join, self._store
         first, last = (int(edge) for edge in self._plan.edges[bucket : bucket + 2])
-        sent = [
-            receive(store, join.path("base", chunk), bucket)
-            for chunk in range(len(self._layout.base))
-        ]
-        table = pa.concat_tables(sent)
+        sent = [join.base_sent(chunk) for chunk in range(len(self._layout.base))]
+        table = pa.concat_tables(receive_each(store, sent, bucket))
         cell = column_numpy(table, "cell") - first
         base = Base.of(rows_of(table), column_numpy(table, "image"), cell, last - first)
         twins = None
@@ -185,8 +207,9 @@ class AnswerWorker:
             best = Best(len(base.rows), join.k, join.min_cosine)
             twins = Twins(best, np.arange(len(base.rows)))
         found = [NEIGHBOURS.empty_table()]
-        for chunk in self._wave:
-            asked = receive(store, join.path("queries", chunk), bucket)
+        sent = [join.sent("queries", chunk) for chunk in self._wave]
+        ahead = min(REQUESTS, 1 + self._plan.buckets // 16)  # few buckets are sent large blocks
+        for asked in receive_each(store, sent, bucket, ahead):
             step = max(1, HEAP_BYTES // (12 * join.k))
             for start in range(0, len(asked), step):
                 found.append(self._answer(asked.slice(start, step), base, first, twins))
@@ -194,7 +217,7 @@ class AnswerWorker:
             found.append(pairs_of(base.numbers, twins.best.sorted()))
         pairs = pa.concat_tables(found)
         to = self._layout.chunk_of(column_numpy(pairs, "query"))
-        path = join.path("pairs", 1 + self._wave[0], bucket)
+        path = join.sent("pairs", self._wave[0], bucket)
         send(store, path, pairs, to, len(self._layout.queries))
         return {"pairs": len(pairs)}
 
@@ -216,9 +239,9 @@ class SlabWorker:
 
     def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
         self._join, self._store, self._layout = join, open_store(run_uri), layout
-        sample = load_arrays(self._store, join.setup("sample"))
-        self._sample = Queries(sample["rows"], sample["numbers"])
-        self._training: Floats = sample["fit"]
+        self._sample = read_queries(self._store, join)
+        paths = [join.sample_of_base(number) for number in range(len(layout.base))]
+        self._training = np.concatenate([rows_of(read_table(self._store, path)) for path in paths])
 
     def __call__(self, slab: int) -> Counts:
         join, store = self._join, self._store
@@ -240,7 +263,7 @@ class SlabWorker:
         pairs = pa.concat_tables(found)
         pairs = pairs.filter(pc.greater(pairs["cosine"], join.min_cosine))
         to = self._layout.chunk_of(column_numpy(pairs, "query"))
-        send(store, join.path("pairs", 1, slab), pairs, to, len(self._layout.queries))
+        send(store, join.sent("pairs", 0, slab), pairs, to, len(self._layout.queries))
         return {"pairs": len(pairs)}
 
 
@@ -252,8 +275,10 @@ class MergeWorker:
 
     def __call__(self, chunk: int) -> Counts:
         found = NEIGHBOURS.empty_table()
-        for path in self._paths:
-            found = pa.concat_tables([found, receive(self._store, path, chunk)])
+        if self._join.how.method == "cells":
+            found = read_table(self._store, self._join.path("equal", chunk))
+        for pairs in receive_each(self._store, self._paths, chunk):
+            found = pa.concat_tables([found, pairs])
             if len(found) > MERGE_ROWS:
                 found = best_of(found, self._join.k)
         found = best_of(found, self._join.k)

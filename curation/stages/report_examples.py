@@ -29,7 +29,7 @@ from curation.stages.tables import (
     column_numpy,
     decisions_path,
     ids_of,
-    read_ahead,
+    overlapped,
     read_decisions,
 )
 
@@ -108,7 +108,7 @@ def duplicate_groups(store: Store, parts: list[Part], seed: int) -> list[Item]:
     """Groups of near-duplicates: half the largest of a sample, half as they were drawn."""
     sample = np.empty(0, np.int64)
     pool = [part for part in parts if part.role == "pool"]
-    for _, table in read_ahead(
+    for _, table in overlapped(
         pool, lambda part: read_table(store, decisions_path(part), ["component"])
     ):
         labels = table["component"].drop_null()
@@ -141,7 +141,7 @@ def _members(store: Store, parts: list[Part], sample: Ints) -> tuple[Ints, pa.Ta
     sizes = np.zeros(len(sample), np.int64)
     tables = []
     wanted = ["component", "decision", "cosine"]
-    for part, table in read_ahead(
+    for part, table in overlapped(
         parts, lambda part: read_table(store, decisions_path(part), wanted)
     ):
         table = table.append_column("image", pa.array(np.arange(part.base, part.base + part.rows)))
@@ -165,7 +165,7 @@ def cluster_examples(store: Store, parts: list[Part], sizes: Ints, seed: int) ->
     shown = np.sort(rng.permutation(many)[:CLUSTERS])
     cluster, image = np.empty(0, np.int64), np.empty(0, np.int64)
     pool, wanted = [part for part in parts if part.role == "pool"], ["image", "cluster"]
-    for _, table in read_ahead(
+    for _, table in overlapped(
         pool, lambda part: read_table(store, assignments_path(part), wanted)
     ):
         table = table.filter(pc.is_in(table["cluster"], pa.array(shown.astype(np.int32))))

@@ -15,7 +15,7 @@ from curation.runtime.status import stage_images
 from curation.runtime.store import Store, read_table
 from curation.stages.cluster import assignments_path
 from curation.stages.retrieve import SELECTED_TABLE
-from curation.stages.tables import Embedded, Part, read_ahead
+from curation.stages.tables import Embedded, Part, overlapped
 
 EDGES = np.linspace(-1, 1, 101)  # cosines in steps of 0.02
 NONE = np.zeros(len(EDGES) - 1, np.int64)
@@ -172,7 +172,7 @@ def cluster_sizes(store: Store, parts: list[Part], clusters: int) -> Counts:
     """Images in each cluster (k,)."""
     sizes = np.zeros(clusters, np.int64)
     pool = [part for part in parts if part.role == "pool"]
-    for _, table in read_ahead(
+    for _, table in overlapped(
         pool, lambda part: read_table(store, assignments_path(part), ["cluster"])
     ):
         sizes += np.bincount(table["cluster"].to_numpy(), minlength=clusters)
@@ -198,7 +198,7 @@ def rejections(store: Store, embedded: Embedded, parts: list[Part]) -> list[dict
     """Every reason of rejection, most frequent first, with its count and the first few images."""
     counts: Counter[str] = Counter()
     examples: dict[str, list[dict[str, str]]] = {}
-    for _, table in read_ahead(
+    for _, table in overlapped(
         parts, lambda part: read_table(store, embedded.images_path(part), ["key", "fault"])
     ):
         table = table.filter(pc.is_valid(table["fault"]))

@@ -14,13 +14,15 @@ from curation.runtime.executor import Executor, timer
 from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import Store, StoreError, write_table
 from curation.schema import RETRIEVED_BY, SAME_BYTES, SELECTED
-from curation.stages import hierarchical, modes
+from curation.stages import draws, hierarchical, modes
 from curation.stages.modes import Choices, RetrieveConfig, Task
+from curation.stages.neighbour_index import Crew
 from curation.stages.tables import Embedded, first_of_equal, ids_of, read_parts
 
 SELECTED_TABLE = "retrieve/selected.parquet"
 SAME_BYTES_TABLE = "retrieve/same_bytes.parquet"
 ROW_GROUP_ROWS = 65_536
+HOWS = ("as_is", "sample", "cluster", "hierarchical")  # modes in the order of their reasons
 
 
 def run(
@@ -29,22 +31,28 @@ def run(
     """Vectors, decisions, clusters -> `retrieve/selected.parquet`, one row a selected image."""
     elapsed = timer()
     begin(store, "retrieve", stage_fingerprint)
-    chosen: list[Choices] = []
-    for one in cfg.sets:
-        task = Task(cfg, one.name, store)
-        if one.as_is:
-            chosen.append(modes.as_is(task))
-        if one.sample:
-            chosen.append(modes.sample(task, one.sample, executor, events))
-        if one.cluster:
-            chosen.append(modes.cluster(task, one.cluster))
-        if one.hierarchical:
-            chosen.append(hierarchical.choose(task, one.hierarchical))
+    chosen = _choose(cfg, Crew(store, executor, events))
     counts = _write_selected(chosen, Embedded(cfg.embedding), store)
     counts["modes"] = [
         {"set": c.set, "how": c.how, "images": len(np.unique(c.image)), **c.facts} for c in chosen
     ]
+    draws.clear(store)
     return finish(store, StageReport("retrieve", stage_fingerprint, counts, elapsed()))
+
+
+def _choose(cfg: RetrieveConfig, crew: Crew) -> list[Choices]:
+    """What each mode of each set chooses, in order; sets that use the same mode do so together."""
+    sets = [(Task(cfg, one.name, crew.store), one) for one in cfg.sets]
+    found = [modes.as_is(task) for task, one in sets if one.as_is]
+    sampled = [(task, one.sample) for task, one in sets if one.sample]
+    found += modes.sample(sampled, crew).values()
+    clustered = [(task, one.cluster) for task, one in sets if one.cluster]
+    quotas = draws.by_cluster(clustered, crew)
+    quotas += [hierarchical.quota(t, one.hierarchical) for t, one in sets if one.hierarchical]
+    found += draws.draw(quotas, crew)
+    by_mode = {(choices.set, choices.how): choices for choices in found}
+    order = [(one.name, how) for one in cfg.sets for how in HOWS]
+    return [by_mode[key] for key in order if key in by_mode]
 
 
 def _write_selected(chosen: list[Choices], embedded: Embedded, store: Store) -> dict[str, Any]:

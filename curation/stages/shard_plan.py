@@ -4,7 +4,7 @@ The order is a seeded shuffle by content, so that the images of a shard come fro
 are read once: chunks of them send their rows to the plans, and each plan gathers and sorts its own.
 
 `shards/order.parquet`    the place of each selected image in the shuffle, by image
-`shards/places/*.parquet` the rows of a chunk of parts, a row group a plan
+`shards/places/*.blocks`  the rows of a chunk of parts, a block a plan
 `shards/plan/*.parquet`   the rows of PLAN_ROWS images in order, a row group a shard
 """
 
@@ -20,7 +20,7 @@ from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, Work, map_parts, require_all
 from curation.runtime.store import Store, open_store, read_table, write_table
 from curation.schema import PLACEMENT, PLAN
-from curation.stages.exchange import receive, send
+from curation.stages.exchange import receive_each, send
 from curation.stages.modes import id_words
 from curation.stages.retrieve import ROW_GROUP_ROWS, SELECTED_TABLE
 from curation.stages.tables import (
@@ -71,7 +71,7 @@ def plan_path(plan: int) -> str:
 
 
 def _places_path(chunk: int) -> str:
-    return f"shards/places/{chunk:06d}.parquet"
+    return f"shards/places/{chunk:06d}.blocks"
 
 
 def plan(cfg: PlanConfig, store: Store, executor: Executor, events: Events) -> None:
@@ -177,7 +177,8 @@ class PlanWorker:
 
     def __call__(self, item: tuple[str, int]) -> Counts:
         path, number = item
-        sent = [receive(self._store, _places_path(at), number) for at in range(self._chunks)]
-        rows = pa.concat_tables(sent).sort_by("position").drop_columns("position")
+        sent = [_places_path(at) for at in range(self._chunks)]
+        rows = pa.concat_tables(receive_each(self._store, sent, number))
+        rows = rows.sort_by("position").drop_columns("position")
         write_table(self._store, path, rows, row_group_size=self._cfg.images_per_shard)
         return {"images": len(rows)}

@@ -25,6 +25,7 @@ from curation.runtime.manifest import StageReport, begin, finish
 from curation.runtime.store import (
     Store,
     StoreError,
+    delete_all,
     open_store,
     read_table,
     read_uri,
@@ -45,11 +46,12 @@ from curation.stages.tables import (
     Part,
     by_part,
     column_numpy,
-    read_ahead,
+    overlapped,
     read_parts,
 )
 
 BATCH_IMAGES, BATCH_BYTES = 8, 4 << 20  # read by a thread at a time
+GAP_BYTES = 1 << 20  # that are read between an image and its extras, rather than ask twice
 FACES_TABLE = "shards/faces.parquet"
 _LINEAGE = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
@@ -92,8 +94,7 @@ def run(
     manifest = shards_manifest(cfg.name, shards, store)
     store.write(SHARDS_MANIFEST, json.dumps(manifest, indent=1).encode())
     for folder in ("spool", "places", "plan", "faces"):
-        for entry in list(store.list(f"shards/{folder}")):
-            store.delete(entry.path)
+        delete_all(store, [entry.path for entry in store.list(f"shards/{folder}")])
     store.delete(ORDER_TABLE)
     counts = {name: manifest[name] for name in ("images", "bytes", "hash")}
     counts |= {**blurred, "shards": shards, "computed": result.computed, "reused": result.reused}
@@ -240,7 +241,7 @@ def _originals(rows: pa.Table) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
         batches[-1].append(row)
         filled += size
     sources = {uri: open_store(uri) for uri in pc.unique(rows["source"]).to_pylist()}
-    for batch, files in read_ahead(batches, partial(_read_batch, sources)):
+    for batch, files in overlapped(batches, partial(_read_batch, sources)):
         yield from zip(batch, files, strict=True)
 
 
@@ -248,31 +249,42 @@ def _read_batch(sources: dict[str, Store], rows: list[dict[str, Any]]) -> list[l
     """The bytes of each row's image, checked, and of its extras. Errors: StoreError."""
     found = []
     for row in rows:
-        source, path = sources[row["source"]], row["locator"].decode("utf-8", "surrogateescape")
-        image = source.read(path, max(row["offset"], 0), row["size"])
+        image, *extras = _read_sample(sources[row["source"]], row)
         if hashlib.sha256(image).digest() != row["id"]:
             raise StoreError(
                 f"{row['source']}: {row['key']} has changed since it was embedded; run again"
             )
-        extras = [source.read(path, extra["offset"], extra["size"]) for extra in row["extras"]]
         found.append([image, *extras])
     return found
 
 
+def _read_sample(source: Store, row: dict[str, Any]) -> list[bytes]:
+    """The image and its extras: in one read where they lie together, as in archives."""
+    path = row["locator"].decode("utf-8", "surrogateescape")
+    if row["offset"] < 0:
+        return [source.read(path)]
+    places = [(one["offset"], one["size"]) for one in (row, *row["extras"])]
+    start, stop = min(at for at, _ in places), max(at + size for at, size in places)
+    if stop - start > GAP_BYTES + sum(size for _, size in places):
+        return [source.read(path, at, size) for at, size in places]
+    data = source.read(path, start, stop - start)
+    return [data[at - start : at - start + size] for at, size in places]
+
+
 def shards_manifest(name: str, shards: int, store: Store) -> dict[str, Any]:
     """Counts and checksums of all shards; `hash` changes with any byte of any of them."""
-    rows = []
-    for shard in range(shards):
+
+    def facts(shard: int) -> dict[str, Any]:
         with store.open(_index_path(shard)) as file:
-            facts = pq.read_schema(file).metadata
-        rows.append(
-            {
-                "name": shard_name(shard),
-                "images": int(facts[b"images"]),
-                "bytes": int(facts[b"bytes"]),
-                "sha256": facts[b"sha256"].decode(),
-            }
-        )
+            found = pq.read_schema(file).metadata
+        return {
+            "name": shard_name(shard),
+            "images": int(found[b"images"]),
+            "bytes": int(found[b"bytes"]),
+            "sha256": found[b"sha256"].decode(),
+        }
+
+    rows = [row for _, row in overlapped(range(shards), facts)]
     whole = hashlib.sha256("\n".join(row["sha256"] for row in rows).encode()).hexdigest()
     totals = {total: sum(row[total] for row in rows) for total in ("images", "bytes")}
     return {"name": name, **totals, "hash": whole, "shards": rows}

@@ -11,11 +11,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from curation.runtime.manifest import embedded_name
-from curation.runtime.store import Store, open_store, read_table
+from curation.runtime.store import REQUESTS, Store, open_store, read_table
 from curation.schema import PARTS_TABLE
 
 EXACT_TABLE = "embed/exact.parquet"
-READERS = 16  # parts, or batches of images, that a loop over them reads at a time
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,22 @@ def read_parts(store: Store, *roles: str) -> list[Part]:
     return [Part(**row) for row in rows if not roles or row["role"] in roles]
 
 
-Wanted, Read = TypeVar("Wanted"), TypeVar("Read")
+What = TypeVar("What")
+Found = TypeVar("Found")
 
 
-def read_ahead(
-    items: Sequence[Wanted], read: Callable[[Wanted], Read]
-) -> Iterator[tuple[Wanted, Read]]:
-    """Each item with what `read` finds of it, in order; the next READERS are being read meanwhile.
+def overlapped(
+    items: Sequence[What], do: Callable[[What], Found], ahead: int = REQUESTS
+) -> Iterator[tuple[What, Found]]:
+    """Each item with what `do` gives for it, in order; the next ones are being done meanwhile.
 
-    For loops over very many in one process, which on S3 would wait for one request at a time.
+    For loops over very many tables, which on S3 would wait for one request at a time.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        coming: deque[Future[Read]] = deque()
+    with ThreadPoolExecutor(ahead) as pool:
+        coming: deque[Future[Found]] = deque()
         for number, item in enumerate(items):
-            while len(coming) < READERS and number + len(coming) < len(items):
-                coming.append(pool.submit(read, items[number + len(coming)]))
+            while len(coming) < ahead and number + len(coming) < len(items):
+                coming.append(pool.submit(do, items[number + len(coming)]))
             yield item, coming.popleft().result()
 
 
@@ -149,9 +149,14 @@ def ids_of(
     """The ids (n, 32) of images of `parts` by number, in the order given."""
     wanted, inverse = np.unique(numbers, return_inverse=True)
     ids = np.zeros((len(wanted), 32), np.uint8)
-    for part, block in by_part(parts, wanted):
+
+    def read(where: tuple[Part, slice]) -> npt.NDArray[np.uint8]:
+        part, block = where
         table = read_table(store, embedded.images_path(part), columns=["id"])
-        ids[block] = column_bytes(table, "id")[wanted[block] - part.base]
+        return column_bytes(table, "id")[wanted[block] - part.base]
+
+    for (_, block), found in overlapped(list(by_part(parts, wanted)), read):
+        ids[block] = found
     return ids[inverse]
 
 

@@ -14,7 +14,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,27 @@ class Plan:
     copy_at: Collection[int] = ()
 
 
+class InTurn:
+    """Stands where a ThreadPoolExecutor does, without threads: what is done has a fixed number."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> "InTurn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, do: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        done: Future[Any] = Future()
+        done.set_result(do(*arguments))
+        return done
+
+    def map(self, do: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        return map(do, items)
+
+
 def run_and_die(arguments: list[str], plan: Plan) -> None:
     """In the child: `curate` with small cells, dead at the `kill_at`-th point (never: 0)."""
     with open(plan.folder / "log.txt", "w") as out:
@@ -47,12 +69,14 @@ def run_and_die(arguments: list[str], plan: Plan) -> None:
     from curation.algorithms import knn
     from curation.algorithms.components import Components
     from curation.cli import main
+    from curation.runtime import store
     from curation.runtime.store import FileStore
-    from curation.stages import centroids, cluster_sample, neighbours
+    from curation.stages import centroids, cluster_sample, neighbour_index, neighbours, tables
 
-    neighbours.CHUNK_ROWS = neighbours.BUCKET_ROWS = cluster_sample.SLICE_ROWS = plan.rows
+    neighbours.CHUNK_ROWS = neighbour_index.BUCKET_ROWS = cluster_sample.SLICE_ROWS = plan.rows
     centroids.HERE_BYTES = plan.here_bytes
     knn.ROWS_PER_CELL, knn.FEW_CELLS = 3, 2
+    store.ThreadPoolExecutor = tables.ThreadPoolExecutor = InTurn  # type: ignore[misc, assignment]
     os.fsync = lambda _: None  # a kill is no power cut: what was written stays
     gc.freeze()  # the imports are not garbage: without them a collection takes no time
     points: list[str] = []

@@ -12,13 +12,13 @@ from workbench import Project
 from curation import pipeline
 from curation.algorithms import knn
 from curation.cli import main
-from curation.images.effort import SSCD, semantic_effort
+from curation.images.effort import semantic_effort
 from curation.planning import composition, constants, planner
 from curation.planning.constants import Constants
 from curation.planning.job import Job
 from curation.planning.search import Ask, Sent, search
 from curation.recipe import load
-from curation.stages import neighbours
+from curation.stages import neighbour_index, neighbours
 
 PRESET = Path(__file__).resolve().parents[3] / "recipes" / "lvd142m.yaml"
 PAPER = ["--images", "1.2e9", "--nodes", "20", "--gpus", "8", "--gpu", "v100"]
@@ -32,8 +32,7 @@ def c() -> Constants:
 def job(c: Constants, *overrides: str, pool: int = 1_200_000_000) -> Job:
     recipe = load(PRESET, list(overrides))
     found = composition.sizes(recipe, pipeline.ingest_config(recipe), pool)
-    effort = semantic_effort(recipe.encoder.model)
-    return Job(recipe, found, composition.shares(recipe, found), effort, SSCD, c)
+    return Job.of(recipe, found, c)
 
 
 def plans(c: Constants, nodes: int, *overrides: str, pool: int = 10_000_000) -> dict[str, Any]:
@@ -101,13 +100,41 @@ def test_a_search_is_counted_as_the_stage_cuts_it(c: Constants) -> None:
     one = job(c)
     sent = Sent.of(one, ask)
     assert sent.cells == knn.cell_count(ask.base) == 103_923
-    assert sent.buckets == -(-ask.base // neighbours.BUCKET_ROWS)
+    assert sent.buckets == -(-ask.base // neighbour_index.BUCKET_ROWS)
     assert sent.base_chunks == neighbours.MOST_CHUNKS
     assert sent.waves == 1
     waves = Sent.of(job(c, "search.spill_bytes=200_000_000_000"), ask).waves
     assert waves == -(-int(sent.copy_bytes) // 200_000_000_000)
     (exact,) = search(one, Ask("holdout", 1000, 150_000, 512, 10.0))
     assert exact.seconds > 2 * 512 * 1000 * 150_000 / (c["exact_gflops"] * 1e9)
+
+
+def test_sets_that_search_or_draw_share_one_pass_over_the_pool(c: Constants) -> None:
+    names = [timed.step.name for timed in plans(c, 4)["retrieve"].steps]
+    assert names.count("the pool: put the base in cells") == 1
+    assert sum(name.endswith(": answer") for name in names) == 3  # a sampled set each
+    assert names.count("candidates to draw") == 1
+
+
+def test_the_store_itself_bounds_how_fast_any_number_of_nodes_read(c: Constants) -> None:
+    stage = plans(c, 500)["shards"]
+    (step,) = [timed for timed in stage.steps if timed.step.name == "write shards"]
+    assert step.limit == "S3 itself"
+    assert step.seconds == pytest.approx((step.step.gets + step.step.puts) / c["s3_requests_per_s"])
+
+
+def test_on_processors_the_encoder_has_the_rate_of_its_precision(c: Constants) -> None:
+    measured = c.updated({"forward_fp32_gflops": 40.0, "forward_bf16_gflops": 160.0})
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        recipe = load(PRESET, [f"encoder.precision={precision}", "output=/mnt/run"])
+        found = composition.sizes(recipe, pipeline.ingest_config(recipe), 10_000_000)
+        on = planner.hardware(measured, 1, 8, 0, None, precision)
+        embed = planner.plan(recipe, found, measured, on)[1]
+        seconds[precision] = embed.slowest.seconds
+    images = 10_000_000 + sum(one.images or 0 for one in _sets())
+    saved = images * 123.1e9 * (1 / 40e9 - 1 / 160e9) / 8
+    assert seconds["fp32"] - seconds["bf16"] == pytest.approx(saved, rel=0.02)
 
 
 def test_the_paper_s_run_is_printed_with_its_bottleneck(capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,10 +151,10 @@ def test_the_paper_s_run_is_printed_with_its_bottleneck(capsys: pytest.CaptureFi
 
 def test_what_was_measured_here_replaces_what_was_shipped(tmp_path: Path, c: Constants) -> None:
     path = tmp_path / "machine.yaml"
-    path.write_text(constants.dump({"forward_gflops": 123.456789}, "a test of this machine"))
+    path.write_text(constants.dump({"forward_fp32_gflops": 123.456789}, "a test of this machine"))
     over = constants.load(str(path))
-    assert over["forward_gflops"] == 123.5
-    assert over.sources["forward_gflops"] == "a test of this machine"
+    assert over["forward_fp32_gflops"] == 123.5
+    assert over.sources["forward_fp32_gflops"] == "a test of this machine"
     assert over["prepare_s"] == c["prepare_s"]
 
 
@@ -163,7 +190,7 @@ def test_a_mistake_gets_one_clear_line(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("constants: {forward_gflop: {value: 1, source: x}}", "no such constant; did you mean"),
+        ("constants: {descriptor_gflop: {value: 1, source: x}}", "no such constant; did you mean"),
         ("constants: {prepare_s: 3}", "constants.prepare_s: must be {value: NUMBER, source: TEXT}"),
         ("constants: {prepare_s: {value: -1, source: x}}", "constants.prepare_s: must be"),
         ("gpus: {t4: {tflops: {fp16: 1}}}", "gpus.t4: must be a mapping of tflops, gpus, cores"),

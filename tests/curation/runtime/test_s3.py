@@ -8,11 +8,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
-from curation.runtime.s3 import PART_BYTES, S3Store
-from curation.runtime.store import DISK_FULL, StoreError, open_store
+from curation.runtime.s3 import PART_BYTES, READ_AHEAD_BYTES, S3Store
+from curation.runtime.store import DISK_FULL, StoreError, open_store, read_table, write_table
 
 
 def use(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
@@ -73,6 +74,28 @@ def test_a_large_file_is_published_whole(store: S3Store) -> None:
         scratch.write_bytes(data)
         assert not store.exists("big")
     assert store.read("big") == data
+
+
+@pytest.mark.parametrize("size", [0, 5, READ_AHEAD_BYTES, 3 * READ_AHEAD_BYTES + 7])
+def test_an_open_object_is_read_from_anywhere(store: S3Store, size: int) -> None:
+    data = (bytes(range(256)) * (size // 256 + 1))[:size]
+    store.write("x", data)
+    with store.open("x") as file:
+        assert file.seek(0, 2) == size
+        for start in (0, size // 3, size - 3, size // 2, size - READ_AHEAD_BYTES - 10):
+            file.seek(max(0, start))
+            assert file.read(20) == data[max(0, start) :][:20]
+        file.seek(0)
+        assert file.read() == data
+
+
+def test_a_small_table_is_one_request(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_table(store, "t.parquet", pa.table({"a": [1, 2, 3], "b": ["x", "y", "z"]}))
+    asked = []
+    client = store.client
+    client.meta.events.register("before-send.s3", lambda request, **_: asked.append(request.method))
+    assert read_table(store, "t.parquet", ["b"])["b"].to_pylist() == ["x", "y", "z"]
+    assert asked == ["GET"]
 
 
 def test_a_full_local_disk_publishes_nothing(store: S3Store) -> None:

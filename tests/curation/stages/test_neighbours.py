@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from curation.algorithms import crowds, knn
@@ -14,7 +15,7 @@ from curation.algorithms.products import Floats, Ints
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
 from curation.runtime.store import Store, StoreError, open_store
-from curation.stages import neighbours
+from curation.stages import neighbour_index, neighbours
 from curation.stages.neighbour_plan import Join, SearchConfig
 from curation.stages.neighbours import answers, search
 from curation.stages.tables import Part
@@ -61,7 +62,7 @@ Found = dict[int, list[tuple[int, float]]]
 def find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Found]]:
     """Searches rows in small chunks and buckets; returns the facts and each query's neighbours."""
     monkeypatch.setattr(neighbours, "CHUNK_ROWS", 1000)
-    monkeypatch.setattr(neighbours, "BUCKET_ROWS", 700)
+    monkeypatch.setattr(neighbour_index, "BUCKET_ROWS", 700)
     monkeypatch.setattr(neighbours, "SLAB_ROWS", 1500)
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 50)
 
@@ -159,7 +160,7 @@ def test_waves_and_buckets_change_nothing(
     rows = clustered(3000)
     _, found = find(rows, k=6, min_cosine=0.4)
     assert find(rows, k=6, min_cosine=0.4, spill_bytes=50_000)[1] == found
-    monkeypatch.setattr(neighbours, "BUCKET_ROWS", 250)
+    monkeypatch.setattr(neighbour_index, "BUCKET_ROWS", 250)
     assert find(rows, k=6, min_cosine=0.4)[1] == found
 
 
@@ -215,3 +216,32 @@ def test_a_crowd_is_joined_through_few_of_its_rows(
     assert len(np.unique(edges.labels()[crowd])) == 1
     assert len(np.intersect1d(pairs[:, 1], crowd)) < 600
     assert facts["recall"] >= 0.95
+
+
+def test_searches_of_one_base_find_together_what_each_finds_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "CHUNK_ROWS", 500)
+    monkeypatch.setattr(neighbour_index, "BUCKET_ROWS", 700)
+    monkeypatch.setattr(knn, "ROWS_PER_CELL", 50)
+    np.save(tmp_path / "rows.npy", clustered(4000))
+    view: Any = Saved(tmp_path / "rows.npy")
+    how, base = SearchConfig("cells", 0, 0.95, 10**9), parts_of(1500, 4000)
+    asked = {"few": (4, parts_of(0, 600)), "many": (9, parts_of(600, 1500))}
+    store = open_store(str(tmp_path / "run"))
+    crew = neighbours.Crew(store, InProcessExecutor(), Events(store))
+
+    def joins(folder: str, shared: str) -> list[neighbours.Search]:
+        return [
+            (Join("retrieve", f"{folder}/{n}", view, view, k, -2.0, False, how, 0, shared), parts)
+            for n, (k, parts) in asked.items()
+        ]
+
+    apart = [neighbours.search_all([one], base, crew)[0] for one in joins("apart", "")]
+    together = neighbours.search_all(joins("together", "index"), base, crew)
+    assert together == apart
+    for (one, _), (other, _) in zip(joins("apart", ""), joins("together", "index"), strict=True):
+        found = [pa.concat_tables(answers(join, crew.store)) for join in (one, other)]
+        assert found[0].equals(found[1])
+        assert len(found[0]) == sum(part.rows for part in asked[one.folder[6:]][1]) * one.k
+    assert not list(crew.store.list("index"))
