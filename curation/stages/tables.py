@@ -15,6 +15,7 @@ from curation.runtime.store import Store, open_store, read_table
 from curation.schema import PARTS_TABLE
 
 EXACT_TABLE = "embed/exact.parquet"
+PHASH_TABLE = "embed/phash.parquet"
 READERS = 16  # parts that a loop over parts reads at a time
 
 
