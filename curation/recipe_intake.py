@@ -86,8 +86,8 @@ class Faces(Model):
 class PerceptualHash(Model):
     """Finds pool images whose pHashes differ in at most `bits` of 64; left out: none are made.
 
-    `report` tells them in the lineage, `drop` keeps the best of them. Chance alone brings images
-    together as pools grow: above 4 bits see the precision in `benchmarks/results/copies.md` first.
+    `report` tells them in the lineage, `drop` keeps the best of them. Hashes meet by chance as the
+    square of the pool: above some ten million images take 2 bits.
     """
 
     mode: Literal["report", "drop"] = "report"

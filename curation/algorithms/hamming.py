@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 HASH_BITS = 64
 MOST_BANDS = 24
-SORTED = 20  # pairs that are compared in the time in which a hash is sorted once
+SORTED = 12  # pairs that are compared in the time in which a hash is sorted once
 BLOCK_PAIRS = 1 << 16
 
 

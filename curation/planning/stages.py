@@ -75,7 +75,7 @@ def _embed(job: Job) -> Iterator[Step]:
         seconds = job.sizes.pool * hamming.comparisons(job.sizes.pool, hashed.bits)
         seconds *= c["compare_hashes_s"]
         yield Step("compare hashes", "driver", seconds, memory=30.0 * job.sizes.pool)
-    yield driver(job, "embed", 2 * n, parts, 2)
+    yield driver(job, "embed", 2 * n, parts, 4 if hashed else 2)
 
 
 def _dedup(job: Job) -> Iterator[Step]:
