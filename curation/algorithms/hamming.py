@@ -7,9 +7,8 @@ Das Sarma, WWW 2007).
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numba
 import numpy as np
@@ -24,13 +23,7 @@ SORTED = 12  # pairs that are compared in the time in which a hash is sorted onc
 BLOCK_PAIRS = 1 << 16
 
 
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled, kept on disk, and without the interpreter's lock."""
-    compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True)(function)
-    return compiled
-
-
-@_kernel
+@numba.njit(nogil=True, cache=True)
 def _distance(a: np.uint64, b: np.uint64) -> np.int64:
     """Bits that differ, added up in pairs, nibbles and bytes."""
     x = a ^ b
@@ -65,10 +58,10 @@ def near_pairs(hashes: Hashes, bits: int) -> Iterator[tuple[Ints, Ints]]:
     bands = band_count(len(hashes), bits)
     edges = np.linspace(0, HASH_BITS, bands + 1).round().astype(np.uint64)
     left, right = np.empty(BLOCK_PAIRS, np.uint64), np.empty(BLOCK_PAIRS, np.uint64)
+    keys = np.empty_like(hashes)
     for chosen in itertools.combinations(range(bands), bands - bits):
         order = np.array([*chosen, *sorted(set(range(bands)) - set(chosen))])
         low, width = edges[:-1][order], np.diff(edges)[order]
-        keys = np.empty_like(hashes)
         _arrange(hashes, low, width, keys)
         keys.sort()
         rest = width[bands - bits :].sum()
@@ -82,7 +75,7 @@ def near_pairs(hashes: Hashes, bits: int) -> Iterator[tuple[Ints, Ints]]:
             yield first, second
 
 
-@_kernel
+@numba.njit(nogil=True, cache=True)
 def _arrange(hashes: Hashes, low: Hashes, width: Hashes, keys: Hashes) -> None:
     """The bands in another order, the first of it most significant."""
     one = np.uint64(1)
@@ -94,7 +87,7 @@ def _arrange(hashes: Hashes, low: Hashes, width: Hashes, keys: Hashes) -> None:
         keys[i] = key
 
 
-@_kernel
+@numba.njit(nogil=True, cache=True)
 def _restore(keys: Hashes, low: Hashes, width: Hashes, hashes: Hashes) -> None:
     """What `_arrange` was given."""
     one = np.uint64(1)
@@ -107,7 +100,7 @@ def _restore(keys: Hashes, low: Hashes, width: Hashes, hashes: Hashes) -> None:
         hashes[i] = whole
 
 
-@_kernel
+@numba.njit(nogil=True, cache=True)
 def _near(
     keys: Hashes, rest: np.uint64, bits: int, i: int, j: int, left: Hashes, right: Hashes
 ) -> tuple[int, int, int]:
@@ -137,7 +130,7 @@ def stays_for(hashes: Hashes, groups: Ints, bits: int) -> tuple[Ints, Ints]:
     return stays, distance
 
 
-@_kernel
+@numba.njit(nogil=True, cache=True)
 def _settle(hashes: Hashes, groups: Ints, bits: int, stays: Ints, distance: Ints) -> None:
     held = np.empty(hashes.size, np.int64)
     count = 0
