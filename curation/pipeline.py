@@ -69,7 +69,9 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     given = r.dedup.model_dump(exclude_none=True)
     thresholds = copy_thresholds(r.copy_descriptor.weights == "builtin")
     ingest_cfg = ingest_config(r)
-    dedup_cfg = dedup.DedupConfig(search=how, **{**thresholds, **given, **common})
+    drop_phash = r.safety.phash is not None and r.safety.phash.mode == "drop"
+    choices = {**thresholds, **given, **common, "phash": drop_phash}
+    dedup_cfg = dedup.DedupConfig(search=how, **choices)
     cluster_cfg = cluster_tables.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), search=how, **common)
     faces = _faces_config(r)
@@ -216,6 +218,7 @@ def embed_config(recipe: Recipe) -> embed.EmbedConfig:
         weights_version=" ".join(versions),
         limits=Limits(**r.images.model_dump()),
         filter=_filter_config(r),
+        phash_bits=r.safety.phash.bits if r.safety.phash else None,
         max_rejected_share=r.failures.max_share,
         min_images=r.failures.min_images,
     )

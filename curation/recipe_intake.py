@@ -83,8 +83,20 @@ class Faces(Model):
     min_score: float = Field(0.7, gt=0, le=1)
 
 
+class PerceptualHash(Model):
+    """Finds pool images whose pHashes differ in at most `bits` of 64; left out: none are made.
+
+    `report` tells them in the lineage, `drop` keeps the best of them. Hashes meet by chance as the
+    square of the pool: above some ten million images take 2 bits.
+    """
+
+    mode: Literal["report", "drop"] = "report"
+    bits: int = Field(4, ge=0, le=10)
+
+
 class Safety(Model):
-    """What is done about sensitive images and faces: nothing, unless asked for."""
+    """What is done about sensitive images, faces and copies: nothing, unless asked for."""
 
     filter: SafetyFilter | None = None
     faces: Faces | None = None
+    phash: PerceptualHash | None = None

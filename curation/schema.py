@@ -9,13 +9,13 @@ import pyarrow as pa
 # Raise a stage's number when what it writes changes: its outputs are then made again.
 VERSIONS = {
     "ingest": 1,
-    "embed": 2,
+    "embed": 3,
     "dedup": 1,
     "cluster": 2,
     "retrieve": 1,
     "shards": 1,
-    "lineage": 2,
-    "report": 3,
+    "lineage": 3,
+    "report": 4,
 }
 
 # Where readers of a run find what they need, besides each stage's `done.json`.
@@ -67,7 +67,8 @@ PARTS = pa.schema(
 )
 
 # embed: one row a member, in the same order. `fault` is null for an image that can be used,
-# `unsafe` the score of the safety filter, if there is one.
+# `unsafe` the score of the safety filter, if there is one, `phash` the perceptual hash, if it is
+# asked for and the image has one.
 IMAGES = pa.schema(
     [
         ("id", ID),
@@ -79,11 +80,17 @@ IMAGES = pa.schema(
         ("height", pa.int32()),
         ("fault", pa.string()),
         ("unsafe", pa.float32()),
+        ("phash", pa.uint64()),
     ]
 )
 
 # embed: images that have the same bytes as an earlier pool image.
 EXACT = pa.schema([("image", pa.int64()), ("first", pa.int64())])
+
+# embed: pool images whose perceptual hash is `bits` from that of a better one, `kept`.
+PHASH = pa.schema(
+    [("image", pa.int64()), ("kept", pa.int64()), ("kept_id", ID), ("bits", pa.int32())]
+)
 
 # dedup: one row an image. `other` is the id of the image that stays instead, or of a holdout image.
 DECISIONS = pa.schema(
@@ -187,6 +194,8 @@ LINEAGE = pa.schema(
         ("image", pa.int64()),
         ("unsafe", pa.float32()),
         ("faces_blurred", pa.int32()),
+        ("phash_duplicate_of", pa.string()),
+        ("phash_bits", pa.int32()),
     ]
 )
 

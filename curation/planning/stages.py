@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from curation.algorithms import groups
+from curation.algorithms import groups, hamming
 from curation.planning.job import BLOCK, IMAGES, TABLE, UPLOAD_PART, VECTORS, Job, Step, driver
 from curation.planning.search import LOAD, PAIR, Ask, search
 from curation.runtime.store import REQUESTS
@@ -55,14 +55,14 @@ def _ingest(job: Job) -> Iterator[Step]:
 
 
 def _embed(job: Job) -> Iterator[Step]:
-    c, n, parts = job.c, job.sizes.total, job.all_parts
+    c, n, parts, hashed = job.c, job.sizes.total, job.all_parts, job.recipe.safety.phash
     yield Step("load the models", "driver", c["load_models_s"])
     read, row = n * c["image_bytes"], 2 * (job.semantic.dim + job.copy.dim) + IMAGE_ROW
     pixels = 8 * 3 * 224**2 * 4 * job.recipe.encoder.batch
     yield Step(
         "decode and embed",
         "gpus",
-        n * c["prepare_s"] + parts * c["embed_part_s"],
+        n * (c["prepare_s"] + (c["phash_s"] if hashed else 0)) + parts * c["embed_part_s"],
         flop=n * (job.semantic.flop + job.copy.flop),
         read=read,
         written=n * row,
@@ -72,7 +72,11 @@ def _embed(job: Job) -> Iterator[Step]:
         memory=job.semantic.weight_bytes + job.copy.weight_bytes + pixels,
     )
     yield Step("sort the ids", "driver", n * c["sort_image_s"], memory=24.0 * job.sizes.pool)
-    yield driver(job, "embed", 2 * n, parts, 2 * IMAGES)
+    if hashed:
+        seconds = job.sizes.pool * hamming.comparisons(job.sizes.pool, hashed.bits)
+        seconds *= c["compare_hashes_s"]
+        yield Step("compare hashes", "driver", seconds, memory=30.0 * job.sizes.pool)
+    yield driver(job, "embed", 2 * n, parts, (4 if hashed else 2) * IMAGES)
 
 
 def _dedup(job: Job) -> Iterator[Step]:

@@ -154,6 +154,10 @@ class Image(Answer):
     image: int = Field(description="its number in the run")
     unsafe: float | None = Field(description="the safety filter's score, where there is a filter")
     faces_blurred: int | None = Field(description="how many, where bytes were changed for it")
+    phash_duplicate_of: str | None = Field(
+        None, description="a better image whose perceptual hash is near, where those are looked for"
+    )
+    phash_bits: int | None = Field(None, description="in how many of 64 bits the hashes differ")
 
 
 class Story(Answer):

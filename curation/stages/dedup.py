@@ -8,6 +8,7 @@ edges read block by block: 17 bytes an image and 44 a group of copies (docs/memo
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from curation.stages.neighbour_plan import Join, SearchConfig
 from curation.stages.neighbours import answers, search
 from curation.stages.tables import (
     EXACT_TABLE,
+    PHASH_TABLE,
     Embedded,
     Part,
     VectorView,
@@ -51,7 +53,10 @@ BLOCK_IMAGES = 1 << 24  # images looked at together where no part sets the size
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """Thresholds are cosines of the copy descriptor; k neighbours an image."""
+    """Thresholds are cosines of the copy descriptor; k neighbours an image.
+
+    `phash`: images whose perceptual hashes are near are duplicates too.
+    """
 
     embedding: str
     k: int
@@ -60,6 +65,7 @@ class DedupConfig:
     max_component: int
     search: SearchConfig
     seed: int
+    phash: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,12 @@ def _group(
         components.add(left, right)
         np.maximum.at(best, left, cosine)
         np.maximum.at(best, right, cosine)
+    for left, right, _ in _near_hashes(cfg, store):
+        components.add(left, right)
     labels = components.labels()
-    giants = split_giants(labels, lambda: _links(own, store), cfg.max_component)
+    giants = split_giants(
+        labels, lambda: chain(_links(own, store), _near_hashes(cfg, store)), cfg.max_component
+    )
     holdout = np.full_like(labels, nobody(labels))
     for table in answers(near, store) if near else ():
         left, right, cosine = _edges(table)
@@ -136,12 +146,23 @@ def _group(
 
 def _links(own: Join, store: Store) -> Iterator[Edges]:
     """Every pair of copies: those with the same bytes, then the answers of the search."""
-    with store.open(EXACT_TABLE) as file:
-        for batch in pq.ParquetFile(file).iter_batches():
-            copy, first = batch["image"].to_numpy(), batch["first"].to_numpy()
-            yield copy, first, np.ones(len(copy), np.float32)
+    yield from _sure(EXACT_TABLE, "first", store)
     for table in answers(own, store):
         yield _edges(table)
+
+
+def _near_hashes(cfg: DedupConfig, store: Store) -> Iterator[Edges]:
+    """Each image with the better one that its perceptual hash is near, if those are dropped."""
+    if cfg.phash:
+        yield from _sure(PHASH_TABLE, "kept", store)
+
+
+def _sure(path: str, other: str, store: Store) -> Iterator[Edges]:
+    """Pairs that no cut of a giant parts."""
+    with store.open(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(columns=["image", other]):
+            image = batch["image"].to_numpy()
+            yield image, batch[other].to_numpy(), np.ones(len(image), np.float32)
 
 
 def _edges(table: pa.Table) -> Edges:

@@ -1,7 +1,8 @@
 """Parts -> images and vectors: reads each image once, checks it, and embeds it with both models.
 
 Outputs are content-addressed by the part and the models, so that a changed recipe embeds only what
-it touches. Images with the same bytes are found here, over the whole pool.
+it touches. Images with the same bytes are found here, over the whole pool, and on request those
+with near perceptual hashes.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from curation.images.decode import BadImage, Decoded, Limits, decode
 from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
+from curation.images.perceptual import phash
 from curation.images.safety import FilterConfig, SafetyFilter
 from curation.runtime.events import Events
 from curation.runtime.executor import Counts, Executor, Item, MapResult, Work, map_parts, timer
@@ -36,6 +38,7 @@ from curation.runtime.store import (
 from curation.schema import IMAGES, vectors
 from curation.stages.exact import exact_duplicates
 from curation.stages.part_bytes import read_part
+from curation.stages.perceptual import perceptual_duplicates
 from curation.stages.tables import Embedded, Part, overlapped, read_parts
 
 # Faults that may go away by themselves: `curate retry` tries these images again.
@@ -57,12 +60,14 @@ class EmbedConfig:
     max_rejected_share: float
     min_images: int
     filter: FilterConfig | None = None
+    phash_bits: int | None = None
 
     @property
     def embedding(self) -> str:
         """What the vectors depend on, besides the images."""
         models = (self.model, self.precision, self.copy_weights, self.weights_version)
-        return fingerprint(models, asdict(self.limits), *self._filtered())
+        hashed = () if self.phash_bits is None else ("phash",)
+        return fingerprint(models, asdict(self.limits), *self._filtered(), *hashed)
 
     def _filtered(self) -> tuple[Any, ...]:
         return () if self.filter is None else (asdict(self.filter),)
@@ -110,6 +115,8 @@ def run(
     if empty := counts.pop("empty"):
         raise StoreError(f"{', '.join(empty)}: not one image could be used ({counts['faults']})")
     counts["exact_duplicates"] = exact_duplicates(store, embedded)
+    if cfg.phash_bits is not None:
+        counts["phash_duplicates"] = perceptual_duplicates(store, embedded, cfg.phash_bits)
     for folder, path in (("images", embedded.images_path), ("vectors", embedded.vectors_path)):
         keep = {path(part) for part in parts}
         have = {entry.path for entry in store.list(f"embed/{folder}")}
@@ -200,7 +207,7 @@ class EmbedWorker:
         """The image's row, and its pixels unless it has a fault. `data` may be the fault itself."""
         row = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
         row |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
-        row |= {"unsafe": None}
+        row |= {"unsafe": None, "phash": None}
         if isinstance(data, str):
             return {**row, "fault": data}, None
         row |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
@@ -208,6 +215,8 @@ class EmbedWorker:
             decoded = decode(data, self._cfg.limits)
         except BadImage as error:
             return {**row, "fault": str(error)}, None
+        if self._cfg.phash_bits is not None:
+            row["phash"] = phash(decoded.pixels)
         return row | {
             "ext": decoded.ext,
             "width": decoded.width,

@@ -17,6 +17,7 @@ from curation.stages.retrieve import SAME_BYTES_TABLE, SELECTED_TABLE
 from curation.stages.shard_plan import PLACEMENT_TABLE
 from curation.stages.shards import FACES_TABLE
 from curation.stages.tables import (
+    PHASH_TABLE,
     Embedded,
     Part,
     ids_of,
@@ -26,6 +27,7 @@ from curation.stages.tables import (
     rows_of_part,
 )
 
+NO_NEAR_HASH = {"phash_duplicate_of": None, "phash_bits": None}
 DECISIONS = ("selected", "not_retrieved", "duplicate", "near_holdout", "rejected")
 
 
@@ -68,6 +70,7 @@ class LineageWorker:
     def __init__(self, cfg: LineageConfig, run_uri: str) -> None:
         self._store, self._embedded = open_store(run_uri), Embedded(cfg.embedding)
         self._blurred = self._store.exists(FACES_TABLE)
+        self._hashed = self._store.exists(PHASH_TABLE)
         self._parts = read_parts(self._store)
 
     def __call__(self, part: Part) -> Counts:
@@ -77,6 +80,7 @@ class LineageWorker:
         selected = _by_image(rows_of_part(store, SELECTED_TABLE, part), "retrieved_by")
         shard = _by_image(rows_of_part(store, PLACEMENT_TABLE, part), "shard")
         faces = _by_image(rows_of_part(store, FACES_TABLE, part), "faces") if self._blurred else {}
+        near = _near_hashes(rows_of_part(store, PHASH_TABLE, part)) if self._hashed else {}
         first = _by_image(rows_of_part(store, SAME_BYTES_TABLE, part), "first")
         firsts = ids_of(
             store, self._embedded, self._parts, np.array(list(first.values()), np.int64)
@@ -85,7 +89,9 @@ class LineageWorker:
         rows = []
         for row, (image, decided) in enumerate(zip(images, decisions, strict=True)):
             number = part.base + row
-            decision, reason = _decide(part, image, decided, selected.get(number), same.get(number))
+            hashed = near.get(number, NO_NEAR_HASH)
+            known = {**decided, **hashed}
+            decision, reason = _decide(part, image, known, selected.get(number), same.get(number))
             rows.append(
                 {
                     "id": image["id"].hex() if image["id"] else None,
@@ -99,6 +105,7 @@ class LineageWorker:
                     "image": number,
                     "unsafe": image.get("unsafe"),
                     "faces_blurred": faces.get(number),
+                    **hashed,
                     **{name: image[name] for name in ("uri", "key", "width", "height", "bytes")},
                 }
             )
@@ -108,6 +115,14 @@ class LineageWorker:
 
 def _by_image(table: pa.Table, column: str) -> dict[int, Any]:
     return dict(zip(table["image"].to_pylist(), table[column].to_pylist(), strict=True))
+
+
+def _near_hashes(table: pa.Table) -> dict[int, dict[str, Any]]:
+    """Of images with a better one near by perceptual hash: its id, and how far it is."""
+    return {
+        row["image"]: {"phash_duplicate_of": row["kept_id"].hex(), "phash_bits": row["bits"]}
+        for row in table.to_pylist()
+    }
 
 
 def _decide(
@@ -130,7 +145,11 @@ def _decide(
     if decided["decision"] == "duplicate":
         if other == image["id"].hex():
             return "duplicate", f"duplicate_of {other} same bytes"
-        return "duplicate", f"duplicate_of {other} cosine {decided['cosine']:.3f}"
+        if decided["cosine"]:
+            return "duplicate", f"duplicate_of {other} cosine {decided['cosine']:.3f}"
+        if other == decided["phash_duplicate_of"]:
+            return "duplicate", f"duplicate_of {other} phash {decided['phash_bits']} bits"
+        return "duplicate", f"duplicate_of {other} by its duplicate group"
     if same_as is not None:
         return "duplicate", f"duplicate_of {same_as} same bytes, selected from another source"
     if retrieved_by is not None:

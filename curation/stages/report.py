@@ -82,7 +82,11 @@ def collect(
         "balance": facts.balance(stages),
         "gallery": gallery,
         "similarity": {"retrieved": retrieved, "duplicate_links": links},
-        "duplicates": {**facts.group_sizes(stages["dedup"]), "groups": groups},
+        "duplicates": {
+            **facts.group_sizes(stages["dedup"]),
+            "groups": groups,
+            "phash": facts.near_hashes(recipe, stages),
+        },
         "clusters": {**facts.describe_clusters(sizes), "examples": clusters},
         "rejections": facts.rejections(store, embedded, parts),
         "searches": facts.searches(stages),

@@ -168,6 +168,12 @@ def group_sizes(dedup: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def near_hashes(recipe: Any, stages: dict[str, Any]) -> dict[str, Any] | None:
+    """How the perceptual hash was used, and how many pool images it found; None if it wasn't."""
+    given: dict[str, Any] | None = recipe["safety"]["phash"]
+    return given and {**given, "images": stages["embed"]["phash_duplicates"]}
+
+
 def cluster_sizes(store: Store, parts: list[Part], clusters: int) -> Counts:
     """Images in each cluster (k,)."""
     sizes = np.zeros(clusters, np.int64)

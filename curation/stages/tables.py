@@ -15,6 +15,7 @@ from curation.runtime.store import REQUESTS, Store, open_store, read_table
 from curation.schema import PARTS_TABLE
 
 EXACT_TABLE = "embed/exact.parquet"
+PHASH_TABLE = "embed/phash.parquet"
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,23 @@ def read(text: str, *overrides: str) -> Recipe:
         (curated(retrieve=[5]), "sources.curated.cats.retrieve.0: must be a mapping of as_is, "),
         (curated(retrieve=["as_is"] * 2), "sources.curated.cats.retrieve: names the same mode tw"),
         (
+            recipe(safety={"phash": {"mode": "of"}}),
+            "safety.phash.mode: must be 'report' or 'drop', ",
+        ),
+        (
+            recipe(safety={"phash": {"bits": 11}}),
+            "safety.phash.bits: must be less than or equal to",
+        ),
+        (
+            recipe(safety={"phash": {"bit": 4}}),
+            "safety.phash.bit: no such key; did you mean 'bits'",
+        ),
+        (
+            recipe(safety={"phash": "drop"}),
+            "safety.phash: must be a mapping of mode, bits, got 'dr",
+        ),
+        (recipe(safety={"pash": {}}), "safety.pash: no such key; did you mean 'phash'? (allowed: "),
+        (
             recipe(sources={**recipe()["sources"], "curated": {"a b": {"uri": "/x"}}}),
             "sources.curated.a b: must be letters, digits, '.', '_' and '-', at most 64, got 'a b'",
         ),

@@ -11,7 +11,7 @@ from workbench import Project, picture
 
 
 def busy(project: Callable[..., Project], **sections: Any) -> Project:
-    """A run with copies, a holdout, every way to retrieve and searches by inverted files."""
+    """A run with copies, a holdout, hashes, every way to retrieve, searches by inverted files."""
     work = project(pool=range(36), curated=range(100, 106), holdout=[200, 5], **sections)
     for seed in (3, 9, 14):
         picture(seed, 200, 160).save(work.folder / "pool" / f"copy-{seed}.jpg", quality=85)
@@ -20,6 +20,7 @@ def busy(project: Callable[..., Project], **sections: Any) -> Project:
     balanced = {"hierarchical": {"levels": [3, 2], "target_size": 11}}
     work.recipe["sources"]["curated"]["wanted"]["retrieve"] = ["as_is", backfill, draw, balanced]
     work.recipe["search"] = {"exact_below": 0, "target_recall": 0.9}
+    work.recipe["safety"] = {"phash": {"mode": "drop", "bits": 2}}
     return work
 
 

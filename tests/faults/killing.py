@@ -106,7 +106,7 @@ def run_and_die(arguments: list[str], plan: Plan) -> None:
 
     def deadly_add(self: Components, left: Any, right: Any) -> None:
         add(self, left, right)
-        point("joined", "dedup/")
+        point("joined", "components/")
 
     FileStore.publish, FileStore.delete = deadly_publish, deadly_delete  # type: ignore[method-assign]
     Components.add = deadly_add  # type: ignore[method-assign]

@@ -111,10 +111,21 @@ def test_killed_in_the_union_find(mortal: Mortal) -> None:
     """Between the first blocks of edges, and after the last, when the holdout has joined."""
     assert mortal.run() == 0, mortal.log.read_text()
     whole = final_files(mortal.work.run_folder)
-    joins = [at for at, kind in enumerate(mortal.points(), 1) if kind == "joined dedup"]
+    joins = [at for at, kind in enumerate(mortal.points(), 1) if kind == "joined components"]
     assert len(joins) > 3
     for kill_at in (joins[0], joins[-1]):
         assert check_killed(mortal, kill_at, whole) == "dedup"
+
+
+def test_killed_while_perceptual_hashes_are_compared(mortal: Mortal) -> None:
+    mortal.work.recipe["safety"] = {"phash": {"mode": "drop"}}
+    assert mortal.run() == 0, mortal.log.read_text()
+    assert counts(mortal.work.run_folder, "embed")["phash_duplicates"] > 0
+    whole = final_files(mortal.work.run_folder)
+    kinds = ["joined components", "published embed"]  # the last of which is the marker
+    for kind in kinds:
+        first = mortal.points().index(kind) + 1
+        assert check_killed(mortal, first, whole) == "embed"
 
 
 @pytest.mark.slow

@@ -95,6 +95,20 @@ def test_requests_only_cost_time_on_s3(c: Constants) -> None:
     assert "S3 requests" not in limits
 
 
+def test_perceptual_hashes_are_sorted_by_the_driver_where_they_are_asked_for(c: Constants) -> None:
+    asked = 'safety={"phash": {"bits": 4}}'
+    without, few = plans(c, 1)["embed"], plans(c, 1, asked)["embed"]
+    many = plans(c, 1, asked, pool=1_000_000_000)["embed"]
+    (step,), (more,) = (
+        [timed for timed in stage.steps if timed.step.name == "compare hashes"]
+        for stage in (few, many)
+    )
+    assert len(few.steps) == len(without.steps) + 1
+    assert step.step.where == "driver"
+    assert step.step.memory == 30 * 10_000_000
+    assert more.seconds > 100 * step.seconds  # and more often, too
+
+
 def test_a_search_is_counted_as_the_stage_cuts_it(c: Constants) -> None:
     ask = Ask("copies", 1_200_000_000, 1_200_000_000, 512, 10.0, itself=True)
     one = job(c)

@@ -53,6 +53,7 @@ def project_root(tmp_path_factory: pytest.TempPathFactory, models: Models) -> Pa
         "encoder": {"model": "test_vit", "weights": str(models.encoder)},
         "copy_descriptor": {"weights": str(models.descriptor)},
         "dedup": {"min_cosine": 0.95, "holdout_min_cosine": 0.9},
+        "safety": {"phash": {"mode": "report"}},
         "cluster": {"k": 5},
         "shards": {"images_per_shard": 8},
         "resources": {"part_images": 16},

@@ -123,6 +123,19 @@ def test_a_duplicate_names_the_one_that_stays_first(
     assert story.duplicates[0].id in story.images[0].reason
 
 
+def test_a_near_perceptual_hash_names_the_better_image(
+    client: Client, http: httpx.Client, rows: list[dict[str, Any]]
+) -> None:
+    better, image = one(rows, "larger-copy.jpg")["id"], one(rows, "00003.jpg")
+    (told,) = client.story("birds", image["id"]).images
+    assert told.phash_duplicate_of == better
+    assert told.phash_bits == image["phash_bits"] <= 4
+    page = http.get(f"/runs/birds/images/{image['id']}").text
+    assert (
+        f'{told.phash_bits} of 64 bits from that of <a href="/runs/birds/images/{better}">' in page
+    )
+
+
 def test_images_of_the_same_bytes_have_one_story(
     client: Client, rows: list[dict[str, Any]]
 ) -> None:
