@@ -20,6 +20,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from curation.images.errors import EncoderError
+
 DEMO_MODEL = "lvd_demo"
 BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descriptor.safetensors"}
 # Thresholds of SSCD's TorchScript models: DINOv2, app. A.3.
@@ -31,10 +33,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Pixels = npt.NDArray[np.uint8]
 Vectors = npt.NDArray[np.float32]
-
-
-class EncoderError(Exception):
-    """A model or weights that can't be used: names the recipe field and what would be right."""
 
 
 @dataclass(frozen=True)

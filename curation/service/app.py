@@ -34,7 +34,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(pages.pages)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), "static")
     app.add_middleware(Guard, requests=service.requests, tokens=config.tokens)
-    for kind in (*STATUS, HTTPException, RequestValidationError):
+    for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _explain)
     return app
 
@@ -55,7 +55,7 @@ def _status(error: Exception) -> int:
         return error.status_code
     if isinstance(error, RequestValidationError):
         return 422
-    return next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 
 def _text(error: Exception) -> str:
@@ -65,4 +65,6 @@ def _text(error: Exception) -> str:
         faults: list[dict[str, Any]] = list(error.errors())
         named = [(".".join(str(x) for x in f["loc"][1:]) or "body", f["msg"]) for f in faults[:5]]
         return "; ".join(f"{where}: {what}" for where, what in named)
+    if _status(error) == 500:
+        return "this failed; the log of the service says why"
     return str(error)

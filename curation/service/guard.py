@@ -92,7 +92,7 @@ class Guard:
         if not self._tokens and _name(host) not in LOOPBACK:
             raise Refusal(421, "without tokens this service answers to localhost alone")
         origin = _header(scope, b"origin")
-        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD") and origin and _netloc(origin) != host:
             raise Refusal(403, "requests from other sites are not accepted")
 
     def _check_token(self, scope: Scope) -> None:
@@ -135,6 +135,14 @@ def _name(host: str) -> str:
     """A Host header without its port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _netloc(origin: str) -> str:
+    """The host and port of an Origin header."""
+    try:
+        return urlsplit(origin).netloc
     except ValueError:
         return ""
 

@@ -20,6 +20,7 @@ from curation.runtime.store import Store, read_table
 from curation.schema import PARTS_TABLE, id_prefix, lineage_path, lookup_folder
 from curation.service import models
 from curation.service.cache import Cache
+from curation.service.intact import intact
 from curation.service.runs import NotThere, Run
 
 ID_DIGITS = 8  # at least
@@ -106,7 +107,7 @@ class LineageReader:
 
         def read(at: int) -> Numbers:
             path, footer = spans.files[spans.file[at]]
-            with store.open(path) as file:
+            with intact(store, path), store.open(path) as file:
                 table = pq.ParquetFile(file, metadata=footer).read_row_group(
                     int(spans.group[at]), use_threads=False
                 )
@@ -126,9 +127,10 @@ class LineageReader:
         found = []
         for number in numbers:
             part = int(np.searchsorted(bases, number, "right")) - 1
-            table = self._part(run, fingerprint, part)
-            row = table.slice(number - int(bases[part]), 1).to_pylist()[0]
-            found.append(models.Image(**row))
+            with intact(run.store, lineage_path(part)):
+                table = self._part(run, fingerprint, part)
+                row = table.slice(number - int(bases[part]), 1).to_pylist()[0]
+                found.append(models.Image(**row))
         return found
 
     def _part(self, run: Run, fingerprint: str, part: int) -> pa.Table:
@@ -146,7 +148,8 @@ class LineageReader:
         numbers: list[int] = []
         part = min(start, len(bases))
         while part < len(bases) and time.monotonic() < until and len(numbers) < MAX_SAME:
-            keys = read_table(run.store, lineage_path(part), ["key"])["key"]
+            with intact(run.store, lineage_path(part)):
+                keys = read_table(run.store, lineage_path(part), ["key"])["key"]
             match = pc.or_(pc.equal(keys, key), pc.ends_with(keys, "/" + key))
             rows = np.flatnonzero(match.to_numpy())
             numbers += (rows + int(bases[part])).tolist()
@@ -161,8 +164,9 @@ class LineageReader:
 
 def _bases(store: Store) -> Numbers:
     """The number of each part's first image (parts,)."""
-    numbers: Numbers = read_table(store, PARTS_TABLE, ["base"])["base"].to_numpy()
-    return numbers
+    with intact(store, PARTS_TABLE):
+        numbers: Numbers = read_table(store, PARTS_TABLE, ["base"])["base"].to_numpy()
+        return numbers
 
 
 def _spans(store: Store, lookup: str) -> Spans:
@@ -172,7 +176,7 @@ def _spans(store: Store, lookup: str) -> Spans:
         raise NotThere("this run was made by an older LVD: `curate run` adds its lookup tables")
 
     def footer(path: str) -> pq.FileMetaData:
-        with store.open(path) as file:
+        with intact(store, path), store.open(path) as file:
             return pq.read_metadata(file)
 
     files = tuple(zip(paths, READERS.map(footer, paths), strict=True))

@@ -1,9 +1,10 @@
 """A run of pretraining: its `metrics.jsonl`, followed as it grows and thinned for charts."""
 
 import json
+import math
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -11,6 +12,7 @@ from curation.runtime.status import STALLED_S
 from curation.runtime.store import Store
 from curation.service import models
 from curation.service.cache import Fresh
+from curation.service.intact import intact
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
@@ -27,7 +29,7 @@ Points = list[tuple[int, float]]
 class Pretraining:
     """Keeps the thinned series and how far the file is read; both start over when it shrinks."""
 
-    kind = "pretraining"
+    kind: Literal["pretraining"] = "pretraining"
 
     def __init__(self, name: str, path: str, store: Store) -> None:
         self.name, self.path, self.store = name, path, store
@@ -49,8 +51,9 @@ class Pretraining:
             self._read_bytes += len(whole)
             self._take(whole.splitlines())
         if self._iterations is None and self.store.exists(CONFIG):
-            schedule = (yaml.safe_load(self.store.read(CONFIG)) or {}).get("schedule") or {}
-            self._iterations = schedule.get("iterations")
+            with intact(self.store, CONFIG):
+                schedule = (yaml.safe_load(self.store.read(CONFIG)) or {}).get("schedule") or {}
+                self._iterations = schedule.get("iterations")
         return {name: list(points) for name, points in self._series.items()}
 
     def _take(self, lines: Iterable[bytes]) -> None:
@@ -58,11 +61,11 @@ class Pretraining:
             try:
                 told = json.loads(line)
                 iteration = int(told["iteration"])
-            except (ValueError, KeyError, TypeError):
+            except (ArithmeticError, LookupError, TypeError, ValueError):
                 continue  # a line that a kill cut short
             for name in (*LOSSES, *SERIES):
                 value = told.get(name)
-                if isinstance(value, int | float) and value == value:
+                if isinstance(value, int | float) and math.isfinite(value):
                     points = self._series.setdefault(name, [])
                     while points and points[-1][0] >= iteration:
                         points.pop()  # done again since
@@ -72,7 +75,10 @@ class Pretraining:
             self._last = told
 
     def summary(self) -> models.RunSummary:
-        series = self._state.get()
+        with intact(self.store, METRICS):
+            return self._summary(self._state.get())
+
+    def _summary(self, series: dict[str, Points]) -> models.RunSummary:
         iteration = max((points[-1][0] for points in series.values()), default=0)
         updated, whole = self._last.get("time"), self._iterations
         quiet = max(STALLED_S, SILENT_STEPS * float(self._last.get("step_s", 0)))

@@ -46,7 +46,7 @@ Offset = Annotated[int, Query(ge=0, le=10**12)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     found: Service = request.app.state.service
     return found
 
@@ -79,8 +79,7 @@ def metrics(readers: Readers) -> Response:
 @api.get("/runs", tags=["runs"])
 def runs(readers: Readers) -> models.Runs:
     """All runs, the one with the latest sign of life first."""
-    found = [run.summary() for run in readers.catalog.all()]
-    return models.Runs(runs=sorted(found, key=lambda run: -(run.updated or 0)))
+    return models.Runs(runs=readers.catalog.summaries())
 
 
 @api.get("/runs/{run}", tags=["runs"])

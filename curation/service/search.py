@@ -12,6 +12,7 @@ from curation.runtime.manifest import embedded_name
 from curation.runtime.store import read_table
 from curation.schema import PARTS_TABLE
 from curation.service import models
+from curation.service.intact import intact
 from curation.service.lineage import LineageReader
 from curation.service.runs import Run
 
@@ -63,8 +64,9 @@ class Searcher:
                 complete = False
                 break
             path = f"embed/vectors/{embedded_name(fingerprint, embedding)}.parquet"
-            table = read_table(run.store, path, ["row", "semantic"])
-            rows = _rows(table, len(query))
+            with intact(run.store, path):
+                table = read_table(run.store, path, ["row", "semantic"])
+                rows = _rows(table, len(query))
             searched += len(rows)
             cosine = np.r_[best_cosine, rows @ query]
             image = np.r_[best_image, base + table["row"].to_numpy().astype(np.int64)]
