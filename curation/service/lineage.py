@@ -5,7 +5,7 @@ footers; a question then reads the few row groups that may hold the key.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -120,22 +120,32 @@ class LineageReader:
         found = np.concatenate([np.zeros(0, np.int64), *READERS.map(read, chosen[:1024])])
         return [int(number) for number in np.sort(found)[:limit]]
 
-    def rows(self, run: Run, numbers: Iterable[int]) -> list[models.Image]:
+    def rows(self, run: Run, numbers: Sequence[int]) -> list[models.Image]:
         """The lineage of images by number, in the order given."""
         fingerprint = run.report("lineage").fingerprint
         bases = self._bases.get((run.path, fingerprint), lambda: _bases(run.store))
+        parts = (np.searchsorted(bases, numbers, "right") - 1).tolist()
+        wanted = dict.fromkeys(parts)
+        tables = dict(
+            zip(
+                wanted,
+                READERS.map(lambda at: self._part(run, fingerprint, at), wanted),
+                strict=True,
+            )
+        )
         found = []
-        for number in numbers:
-            part = int(np.searchsorted(bases, number, "right")) - 1
+        for number, part in zip(numbers, parts, strict=True):
             with intact(run.store, lineage_path(part)):
-                table = self._part(run, fingerprint, part)
-                row = table.slice(number - int(bases[part]), 1).to_pylist()[0]
+                row = tables[part].slice(number - int(bases[part]), 1).to_pylist()[0]
                 found.append(models.Image(**row))
         return found
 
     def _part(self, run: Run, fingerprint: str, part: int) -> pa.Table:
-        key = (run.path, fingerprint, part)
-        return self._parts.get(key, lambda: read_table(run.store, lineage_path(part)))
+        def read() -> pa.Table:
+            with intact(run.store, lineage_path(part)):
+                return read_table(run.store, lineage_path(part))
+
+        return self._parts.get((run.path, fingerprint, part), read)
 
     def by_key(self, run: Run, key: str, start: int) -> models.Found:
         """Images whose key is `key` or ends with `/key`: reads parts from `start` on for a while.

@@ -295,3 +295,9 @@ def test_only_what_the_manifest_names_is_a_shard(service: Served, runs: Path) ->
             assert answer.status_code == 404
     finally:
         planted.unlink()
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "null", "x", "http://localhost.example"])
+def test_an_origin_that_is_none_of_ours_is_refused(service: Served, origin: str) -> None:
+    answer = httpx.post(f"{service.url}/login", headers={"Origin": origin}, data={"token": "x"})
+    assert answer.status_code == 403
