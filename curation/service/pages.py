@@ -202,6 +202,21 @@ def story(request: Request, run: str, id: str, readers: Readers) -> Response:
     )
 
 
+@pages.get("/runs/{run}/images/{id}/nearest")
+def nearest(request: Request, run: str, id: str, readers: Readers) -> Response:
+    found = readers.catalog.run(run)
+    image = readers.lineage.first(found, id)
+    answer = readers.searcher.neighbours(found, image, TILES // 2)
+    return _page(
+        request,
+        "search.html.j2",
+        run=found.summary(),
+        name=image.key,
+        answer=answer,
+        fault="",
+    )
+
+
 def _other(image: models.Image) -> str | None:
     """The id that a reason names: the image that stays instead, or one of an evaluation set."""
     words = image.reason.split()

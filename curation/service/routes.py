@@ -237,6 +237,15 @@ def thumbnail(
     return Response(data, media_type="image/webp", headers=FOREVER)
 
 
+@api.get("/runs/{run}/images/{id}/nearest", tags=["images"])
+def nearest(
+    run: RunName, id: ImageId, readers: Readers, k: Annotated[int, Query(ge=1, le=100)] = 12
+) -> models.SearchAnswer:
+    """The run's images nearest to one of them, by the run's encoder."""
+    found = readers.catalog.run(run)
+    return readers.searcher.neighbours(found, readers.lineage.first(found, id), k)
+
+
 @api.post("/runs/{run}/search", tags=["images"])
 def search(
     run: RunName,

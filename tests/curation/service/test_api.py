@@ -180,11 +180,18 @@ def test_search_finds_what_brute_force_finds(
     mine = one(rows, "00012.jpg")
     cosines = matrix @ matrix[numbers.index(mine["image"])]
     expected = [numbers[at] for at in np.argsort(-cosines)[:5]]
+    near = client.nearest("birds", mine["id"], k=4)
+    assert [hit.image.image for hit in near.hits] == expected[1:]
     found = client.search("birds", (project_root / "pool" / "00012.jpg").read_bytes(), k=5)
     assert (found.complete, found.searched) == (True, len(matrix))
     assert found.hits[0].image.key == "00012.jpg"
     assert found.hits[0].cosine == pytest.approx(1, abs=2e-3)
     assert {hit.image.image for hit in found.hits} == set(expected)
+
+
+def test_what_was_rejected_has_no_neighbours(client: Client, rows: list[dict[str, Any]]) -> None:
+    with pytest.raises(ApiError, match="404: this image was rejected, so it has no vector"):
+        client.nearest("birds", one(rows, "tiny.png")["id"])
 
 
 def test_a_search_with_what_is_no_image(client: Client) -> None:
@@ -285,7 +292,7 @@ def test_probes(http: httpx.Client) -> None:
 
 def test_every_call_of_the_api_has_an_example_or_a_description(service: Served) -> None:
     paths = httpx.get(f"{service.url}/openapi.json").json()["paths"]
-    assert len(paths) == 20
+    assert len(paths) == 21
     for path, calls in paths.items():
         for call in calls.values():
             assert call["description"], path
