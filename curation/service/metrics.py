@@ -1,5 +1,6 @@
 """What Prometheus reads: gauges of every run as it stands, and the service's own requests."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -122,8 +123,9 @@ def _of_stage(run: str, stage: models.Stage) -> Iterator[Sample]:
 def _of_pretraining(run: Pretraining) -> Iterator[Sample]:
     curves = run.curves()
     yield "lvd_pretrain_iteration", (run.name,), curves.iteration
-    for loss, points in curves.losses.items():
-        yield "lvd_pretrain_loss", (run.name, loss), points[-1][1]
+    latest = {loss: points[-1][1] for loss, points in curves.losses.items()}
+    for loss, value in {**latest, **dict.fromkeys(curves.not_finite, math.nan)}.items():
+        yield "lvd_pretrain_loss", (run.name, loss), value
     for series, name in LATEST.items():
         if series in curves.series:
             yield name, (run.name,), curves.series[series][-1][1]

@@ -94,6 +94,7 @@ class Curves(Answer):
     series: dict[str, list[tuple[int, float]]] = Field(
         examples=[{"images_per_s": [(10, 812.5)], "data_wait": [(10, 0.01)]}]
     )
+    not_finite: list[str] = Field([], description="losses that are infinite or no number now")
 
 
 class Shard(Answer):
