@@ -1,8 +1,10 @@
 """`curate serve`: lends the service what lies above it, the encoders and the recipe."""
 
 import contextlib
+import errno
 import functools
 import math
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +51,8 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> None:
     """Answers until it is interrupted. Raises ServiceError or StoreError before it begins."""
-    _ready(options).run()
+    with contextlib.suppress(KeyboardInterrupt):  # that is how it is ended
+        _ready(options).run()
 
 
 @contextlib.contextmanager
@@ -70,18 +73,31 @@ def _ready(options: ServeOptions) -> Server:
     require_safe(options.host, tokens)
     if "://" not in options.runs and not Path(options.runs).expanduser().is_dir():
         raise ServiceError(f"{options.runs}: no such folder; give the one that holds your runs")
+    if options.ray_dashboard and not options.ray_dashboard.startswith(("http://", "https://")):
+        raise ServiceError(
+            f"--ray-dashboard {options.ray_dashboard}: give a URL, as http://ray-head:8265"
+        )
     config = ServiceConfig(options.runs, embed, show, check_recipe, tokens, options.ray_dashboard)
     app = create_app(config)
     app.state.service.catalog.all()  # a wrong bucket is told now, not by the first request
-    try:
-        taken = bind(options.host, options.port)
-    except OSError as error:
-        raise ServiceError(
-            f"--port {options.port}: {error.strerror}; --port 0 takes one that is free"
-        ) from None
-    host = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"serving {options.runs} on http://{host}:{taken.getsockname()[1]}", flush=True)
+    taken = _bound(options.host, options.port)
+    host = options.host.strip("[]")
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving {options.runs} on http://{where}:{taken.getsockname()[1]}", flush=True)
     return Server(app, taken)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise ServiceError(f"--port {port}: must be 0 (a free one) to 65535")
+    try:
+        return bind(host, port)
+    except OSError as error:
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            text = f"--port {port}: {error.strerror}; --port 0 takes one that is free"
+        else:
+            text = f"--host {host}: {error.strerror}; give an address of this machine, as 0.0.0.0"
+        raise ServiceError(text) from None
 
 
 def embed(recipe: str, data: bytes) -> Vector:

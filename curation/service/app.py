@@ -45,6 +45,8 @@ def _explain(request: Request, error: Exception) -> Response:
     headers = getattr(error, "headers", None)
     if request.url.path.startswith(("/api", "/metrics")) or request.url.path == "/healthz":
         return JSONResponse({"error": text}, status, headers)
+    if status == 401 and "hx-request" in request.headers:  # htmx would put the form into the page
+        return Response(status_code=401, headers={"HX-Redirect": "/login"})
     if status == 401:
         return RedirectResponse("/login", 303)
     return pages.error_page(request, status, text)
