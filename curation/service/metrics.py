@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from curation.runtime.store import StoreError
 from curation.service import models
 from curation.service.pretraining import Pretraining
-from curation.service.runs import Catalog, NotThere, Run
+from curation.service.runs import RUNS, Catalog, NotThere, Run
 
 STATES = ("waiting", "running", "done", "failed", "stalled")
 GAUGES = {
@@ -77,11 +77,7 @@ class RunGauges(Collector):
             name: GaugeMetricFamily(name, text, labels=labels)
             for name, (text, labels) in GAUGES.items()
         }
-        for run in self._catalog.all():
-            try:
-                samples = list(_of_run(run) if isinstance(run, Run) else _of_pretraining(run))
-            except (StoreError, NotThere):
-                continue
+        for samples in RUNS.map(_samples, self._catalog.all()):
             for name, labels, value in samples:
                 families[name].add_metric(labels, value)
         return families.values()
@@ -90,6 +86,13 @@ class RunGauges(Collector):
 def exposition(requests: Requests) -> bytes:
     """The text that Prometheus scrapes."""
     return generate_latest(requests.registry)
+
+
+def _samples(run: Run | Pretraining) -> list[Sample]:
+    try:
+        return list(_of_run(run) if isinstance(run, Run) else _of_pretraining(run))
+    except (StoreError, NotThere):
+        return []
 
 
 def _of_run(run: Run) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ import yaml
 
 from curation.runtime.manifest import StageReport, read_report
 from curation.runtime.status import done_status, watched
-from curation.runtime.store import Store, StoreError, open_store, read_table
+from curation.runtime.store import Entry, Store, StoreError, open_store, read_table
 from curation.schema import PARTS_TABLE, RECIPE_FILE, REPORT_JSON, VERSIONS
 from curation.service import models
 from curation.service.cache import Cache, Fresh
@@ -27,11 +27,15 @@ FIND_S = 10.0
 STATUS_S = 1.0
 ENDED = ("failed", "stalled", "stopped")
 READERS = ThreadPoolExecutor(16, "read-run")  # on S3 a stage's files take a moment
-SUMMARIES = ThreadPoolExecutor(8, "read-runs")
+RUNS = ThreadPoolExecutor(16, "read-runs")
 
 
 class NotThere(Exception):
     """What was asked for does not exist (yet): says what, and where to look."""
+
+
+# The markers of the stages that are done, and the statuses of those that have begun.
+State = tuple[dict[str, StageReport], dict[str, dict[str, Any]]]
 
 
 class Catalog:
@@ -63,7 +67,7 @@ class Catalog:
 
     def summaries(self) -> list[models.RunSummary]:
         """All runs, the one with the latest sign of life first; a damaged one hides no other."""
-        found = list(SUMMARIES.map(_summary, self.all()))
+        found = list(RUNS.map(_summary, self.all()))
         return sorted(found, key=lambda run: -(run.updated or 0))
 
     def run(self, name: str) -> "Run":
@@ -115,9 +119,11 @@ def _walk(root: Store, path: str, depth: int) -> Iterator[tuple[str, str]]:
     elif root.exists(inside(METRICS)):
         yield path, "pretraining"
     if depth < DEPTH:
-        for name in folders:
-            if not name.startswith(".") and not (is_run and name in (*STAGES, "events", "status")):
-                yield from _walk(root, inside(name), depth + 1)
+        own = (*STAGES, "events", "status") if is_run else ()
+        below = [inside(name) for name in folders if name[0] != "." and name not in own]
+        each = RUNS.map if depth == 0 else map  # on S3 each takes some requests
+        for found in each(lambda folder: list(_walk(root, folder, depth + 1)), below):
+            yield from found
 
 
 class Run:
@@ -129,10 +135,19 @@ class Run:
         self.name, self.path, self.store = name, path, store
         self.events = EventLog(store)
         self._state = Fresh(self._read_state, STATUS_S)
+        self._settled: tuple[list[Entry], State] | None = None
         self._facts: Cache[Any] = Cache(2, lambda _: 1)
 
-    def _read_state(self) -> tuple[dict[str, StageReport], dict[str, dict[str, Any]]]:
-        """The markers of the stages that are done, and the statuses of those that have begun."""
+    def _read_state(self) -> State:
+        """Of a finished run what was read before, unless a stage has told something since."""
+        told = list(self.store.list("status"))
+        if self._settled is None or self._settled[0] != told:
+            state = self._read_stages()
+            self._settled = (told, state) if len(state[0]) == len(STAGES) else None
+            return state
+        return self._settled[1]
+
+    def _read_stages(self) -> State:
         reports, statuses = {}, {}
         for stage, found in zip(STAGES, READERS.map(self._read_stage, STAGES), strict=True):
             report, status = found
