@@ -231,3 +231,12 @@ def test_the_keyboard_reaches_everything_visibly(browser: Any, finished: Served)
             break
     assert reached[0] == "Skip to the content"
     assert {"LVD", "000000.tar", "q", "Find", "image"} <= set(reached), reached
+
+
+def test_the_keyboard_keeps_its_place_when_the_page_is_renewed(
+    browser: Any, finished: Served
+) -> None:
+    browser.get(finished.url)
+    browser.execute_script("(window.card = document.querySelector('.card')).focus()")
+    until(browser, "document.body.contains(window.card)", lambda there: not there, 30)
+    assert browser.execute_script("return document.activeElement.className") == "card"
