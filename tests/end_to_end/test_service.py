@@ -82,18 +82,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[Served]:
-    with served(folder / "runs") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "curation", "run", str(folder / "recipe.yaml"), "--ray", "off"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, running: "subprocess.Popen[bytes]") -> Iterator[Served]:
+    """Started when the run has begun: runs that come later are looked for every ten seconds."""
+    while not (folder / "runs" / "photographs" / "status").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    with served(folder / "runs") as found:
+        yield found
 
 
 @pytest.fixture
