@@ -23,6 +23,15 @@ is where it is. Everything is read from what the runs wrote; the service keeps n
 STATUS = {NotThere: 404, BadUpload: 422, BadRecipe: 422, Busy: 429, JobsError: 502, StoreError: 503}
 
 
+class Static(StaticFiles):
+    """Script and styles, which a browser keeps for a while; all else is `no-store`."""
+
+    def file_response(self, *given: Any, **named: Any) -> Response:
+        answer = super().file_response(*given, **named)
+        answer.headers["cache-control"] = "public, max-age=600"
+        return answer
+
+
 def create_app(config: ServiceConfig) -> FastAPI:
     """The whole service: API, pages, metrics and probes."""
     app = FastAPI(title="LVD", version="1", description=ABOUT, docs_url=None, redoc_url=None)
@@ -32,7 +41,7 @@ def create_app(config: ServiceConfig) -> FastAPI:
     app.include_router(routes.api)
     app.include_router(pages.open_pages)
     app.include_router(pages.pages)
-    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), "static")
+    app.mount("/static", Static(directory=Path(__file__).parent / "static"), "static")
     app.add_middleware(Guard, requests=service.requests, tokens=config.tokens)
     for kind in (*STATUS, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, _explain)

@@ -241,6 +241,13 @@ def test_a_page_runs_no_script_but_our_own(service: Served, path: str) -> None:
     assert "<script>" not in answer.text
 
 
+def test_a_browser_keeps_the_script_and_asks_whether_it_is_new(service: Served) -> None:
+    answer = httpx.get(f"{service.url}/static/htmx.min.js")
+    assert answer.headers["cache-control"] == "public, max-age=600"
+    again = {"If-None-Match": answer.headers["etag"]}
+    assert httpx.get(f"{service.url}/static/htmx.min.js", headers=again).status_code == 304
+
+
 def test_the_report_is_in_a_sandbox(service: Served) -> None:
     policy = httpx.get(service.url + "/runs/birds/report").headers["content-security-policy"]
     assert policy.startswith("sandbox; default-src 'none'")
