@@ -41,7 +41,8 @@ class Service:
         command = [sys.executable, "-m", "curation", "serve", str(runs), "--port", "0"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().split()[-1]
+        self.start_s, line = timed(self._process.stdout.readline)
+        self.url = line.split()[-1]
 
     def memory_mib(self, peak: bool = False) -> float:
         """Resident, or the most that was."""
@@ -123,6 +124,7 @@ def large(folder: Path, size: Size) -> int:
     print(f"{size.images:,} images, {size.shards:,} shards, {size.parts:,} parts\n")
     table(["ms", "first", "p50", "p95"], [[n, *(f"{x:.1f}" for x in xs)] for n, *xs in rows])
     print(f"All {listed[1]:,} shards listed in {listed[0]:.1f} s.")
+    print(f"It starts in {service.start_s:.1f} s.")
     print(f"Memory: {started:.0f} MiB before the first request, at most {peak:.0f} MiB.\n")
     missed = target(f"at most {MAX_MIB:.0f} MiB above the start", peak - started <= MAX_MIB)
     slowest = max(row[3] for row in rows)

@@ -1,27 +1,15 @@
 """`curate`: run a recipe, and look at what it did."""
 
 import argparse
-import contextlib
-import math
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from curation import pipeline, queries, serving, starter
-from curation.images.encoders import EncoderError
-from curation.planning import calibrate, composition, constants, planner
-from curation.progress import Bars
-from curation.recipe import Recipe, RecipeError, load, parse
-from curation.runtime.events import Events
-from curation.runtime.executor import Executor, InProcessExecutor
-from curation.runtime.manifest import StageReport, forget
-from curation.runtime.store import Store, StoreError, hold, open_store
-from curation.schema import RECIPE_FILE
+from curation import serving, starter
+from curation.images.errors import EncoderError
+from curation.recipe import RecipeError
+from curation.runtime.store import StoreError
+from curation.schema import VERSIONS
 from curation.service.auth import ServiceError
-
-TINY_JOB_IMAGES = 2000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,12 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--like", metavar="URI", help="images that show what is wanted")
     init.add_argument("--output", metavar="URI", help="where the run goes")
 
-    run = add("run", _run, "run a recipe; goes on where an earlier run stopped")
+    run = add("run", _later("run"), "run a recipe; goes on where an earlier run stopped")
     run.add_argument("recipe", help="a file, or - to read it from the standard input")
     run.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", dest="overrides")
-    run.add_argument(
-        "--until", choices=pipeline.STAGES, metavar="STAGE", help=", ".join(pipeline.STAGES)
-    )
+    run.add_argument("--until", choices=tuple(VERSIONS), metavar="STAGE", help=", ".join(VERSIONS))
     _add_ray(run)
     run.add_argument(
         "--serve",
@@ -77,27 +63,29 @@ def _parser() -> argparse.ArgumentParser:
         help=f"show the run at http://localhost:PORT while it goes on (default {serving.PORT})",
     )
 
-    _add_plan(add("plan", _plan, "what a recipe takes, before it runs: images, hours, cost"))
+    _add_plan(
+        add("plan", _later("plan"), "what a recipe takes, before it runs: images, hours, cost")
+    )
 
-    calibrate = add("calibrate", _calibrate, "measure this machine for `curate plan`")
+    calibrate = add("calibrate", _later("calibrate"), "measure this machine for `curate plan`")
     calibrate.add_argument("recipe", help="names the models to measure")
     calibrate.add_argument("--images", metavar="FOLDER", help="pictures like the pool's")
     calibrate.add_argument("--out", required=True, metavar="FILE.yaml")
 
-    retry = add("retry", _retry, "try failed parts and unreadable images of a run again")
+    retry = add("retry", _later("retry"), "try failed parts and unreadable images of a run again")
     retry.add_argument("run")
     _add_ray(retry)
 
-    status = add("status", _status, "where every stage of a run stands")
+    status = add("status", _later("status"), "where every stage of a run stands")
     status.add_argument("run")
 
-    why = add("why", _why, "the story of one image: what was decided, and why")
+    why = add("why", _later("why"), "the story of one image: what was decided, and why")
     why.add_argument("run")
     why.add_argument(
         "image", metavar="KEY-OR-ID", help="its key, or its id (at least 8 digits of it)"
     )
 
-    report = add("report", _report, "write the report again, and print the funnel")
+    report = add("report", _later("report"), "write the report again, and print the funnel")
     report.add_argument("run")
 
     serve = add("serve", _serve, "API and web page over a folder or s3:// prefix of runs")
@@ -107,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--tokens", metavar="FILE", help="lines of `read TOKEN` or `submit TOKEN`")
     serve.add_argument("--ray-dashboard", metavar="URL", help="where POST /api/jobs sends recipes")
 
-    lineage = add("lineage", _lineage, "one Parquet file with a row for every input image")
+    lineage = add("lineage", _later("lineage"), "one Parquet file with a row for every input image")
     lineage.add_argument("run")
     lineage.add_argument("--out", required=True, metavar="FILE.parquet")
     return parser
@@ -130,130 +118,25 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", metavar="ADDRESS|local|off", help=text)
 
 
+def _later(name: str) -> Callable[[argparse.Namespace], None]:
+    """A command of `commands`, which is imported when it is asked for: it takes seconds."""
+
+    def command(options: argparse.Namespace) -> None:
+        from curation import commands
+
+        getattr(commands, name)(options)
+
+    return command
+
+
 def _init(options: argparse.Namespace) -> None:
     starter.write(options.path, options.pool, options.like, options.output)
     print(f"wrote {options.path}; edit it, then: curate run {options.path}")
 
 
-def _run(options: argparse.Namespace) -> None:
-    recipe = load(options.recipe, options.overrides)
-    for line in pipeline.warnings(recipe):
-        print(f"curate: {line}", file=sys.stderr)
-    store = open_store(recipe.output)
-    with contextlib.ExitStack() as held:
-        held.enter_context(hold(store, pipeline.FOLDERS))
-        if options.serve is not None:
-            held.enter_context(serving.beside(recipe.output, options.serve))
-        reports = _execute(recipe, options.ray, options.until, store)
-    if reports[-1].stage == "report":
-        queries.print_funnel(store)
-    else:
-        print(f"done until {reports[-1].stage}; curate status {recipe.output}")
-
-
-def _plan(options: argparse.Namespace) -> None:
-    recipe, pool = load(options.recipe, options.overrides), _count(options.images)
-    c = constants.load(options.constants)
-    precision = recipe.encoder.precision
-    on = planner.hardware(c, options.nodes, options.cores, options.gpus, options.gpu, precision)
-    found = composition.sizes(recipe, pipeline.ingest_config(recipe), pool)
-    stages = planner.plan(recipe, found, c, on)
-    composition.print_shares(composition.shares(recipe, found), found)
-    planner.print_plan(stages, found, c, on)
-    if options.sources:
-        planner.print_sources(c)
-
-
-def _count(text: str | None) -> int | None:
-    """A number of images, as in 1200000000, 1_200_000_000 or 1.2e9."""
-    if text is None:
-        return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 1 <= number < 2**53:
-        raise RecipeError(f"--images {text}: must be a number of at least 1, as in 1.2e9")
-    return int(number)
-
-
-def _calibrate(options: argparse.Namespace) -> None:
-    recipe = load(options.recipe)
-    try:
-        with open(options.out, "w", encoding="utf-8") as file:
-            measured = calibrate.measure(recipe, options.images, print)
-            file.write(constants.dump(measured, f"curate calibrate, {time.strftime('%Y-%m-%d')}"))
-    except OSError as error:
-        raise RecipeError(f"--out {options.out}: {os.strerror(error.errno or 0)}") from None
-    print(f"wrote {options.out}; use it: curate plan {options.recipe} --constants {options.out}")
-
-
-def _retry(options: argparse.Namespace) -> None:
-    store = _open_run(options.run)
-    recipe = _recipe_of(store)
-    with hold(store, pipeline.FOLDERS):
-        dropped = pipeline.drop_retryable(recipe, store)
-        print(f"{dropped} parts with failed or unreadable images are tried again")
-        _execute(recipe, options.ray, None, store)
-    queries.print_funnel(store)
-
-
-def _execute(
-    recipe: Recipe, ray_address: str | None, until: str | None, store: Store
-) -> list[StageReport]:
-    with Bars() as bars:
-        events = Events(store, bars.show)
-        make = partial(_make_executor, ray_address, recipe)
-        return pipeline.run(recipe, store, make, events, until)
-
-
-def _make_executor(address: str | None, recipe: Recipe, images: int) -> Executor:
-    """Ray unless turned off or the job is tiny; inside a Ray job, the cluster it runs on."""
-    if address is None:
-        address = os.environ.get("RAY_ADDRESS") or ("local" if images > TINY_JOB_IMAGES else "off")
-    if address == "off":
-        return InProcessExecutor()
-    from curation.runtime.ray_executor import RayExecutor
-
-    return RayExecutor(address, recipe.resources.workers)
-
-
-def _status(options: argparse.Namespace) -> None:
-    queries.print_status(_open_run(options.run))
-
-
-def _why(options: argparse.Namespace) -> None:
-    queries.print_story(_open_run(options.run), options.image)
-
-
-def _report(options: argparse.Namespace) -> None:
-    store = _open_run(options.run)
-    with hold(store, pipeline.FOLDERS):
-        forget(store, "report")
-        _execute(_recipe_of(store), "off", None, store)
-    queries.print_funnel(store)
-
-
 def _serve(options: argparse.Namespace) -> None:
     fields = ("runs", "host", "port", "tokens", "ray_dashboard")
     serving.serve(serving.ServeOptions(**{name: getattr(options, name) for name in fields}))
-
-
-def _lineage(options: argparse.Namespace) -> None:
-    rows = queries.write_lineage(_open_run(options.run), options.out)
-    print(f"{rows} rows in {options.out}")
-
-
-def _open_run(uri: str) -> Store:
-    store = open_store(uri)
-    if not store.exists(RECIPE_FILE):
-        raise StoreError(f"{uri}: not a run (no {RECIPE_FILE} there)")
-    return store
-
-
-def _recipe_of(store: Store) -> Recipe:
-    where = store.locate(RECIPE_FILE)
-    return parse(store.read(RECIPE_FILE).decode(), where, [])
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def plan(recipe: Recipe, surveys: list[ingest.Survey]) -> list[Stage]:
     dedup_cfg = dedup.DedupConfig(search=how, **choices)
     cluster_cfg = cluster_tables.ClusterConfig(**{**r.cluster.model_dump(), **common})
     retrieve_cfg = modes.RetrieveConfig(sets=_sets(r), search=how, **common)
-    faces = _faces_config(r)
+    faces = faces_config(r)
     shards_cfg = shards.ShardsConfig(name=r.name, faces=faces, **r.shards.model_dump(), **common)
     lineage_cfg = lineage.LineageConfig(embed_cfg.embedding)
     report_cfg = report.ReportConfig(r.name, dump(r), embed_cfg.embedding, r.seed, faces)
@@ -233,7 +233,7 @@ def _filter_config(recipe: Recipe) -> FilterConfig | None:
     return dataclasses.replace(cfg, version=version)
 
 
-def _faces_config(recipe: Recipe) -> FacesConfig | None:
+def faces_config(recipe: Recipe) -> FacesConfig | None:
     given = recipe.safety.faces
     if given is None:
         return None

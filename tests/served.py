@@ -1,6 +1,7 @@
 """A real service in a process of its own, asked over real HTTP."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 READY_S = 120
+LINES = 30
 HOSTILE = """"><img src=x onerror="document.title='owned'">'.jpg"""
 
 
@@ -55,3 +57,17 @@ def _url(process: subprocess.Popen[bytes], log: Path) -> str:
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
     raise AssertionError(log.read_text())
+
+
+def write_metrics(folder: Path, lines: int = LINES) -> None:
+    """What `pretrain` leaves: metrics of some iterations of 40, kNN at every tenth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text("schedule: {iterations: 40, batch: 16}\n")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for n in range(1, lines + 1):
+            told = {"time": 1000.0 + n, "iteration": n, "loss": 12 - n / 10, "koleo": 1 / n}
+            told |= {"images_per_s": 100.0 + n, "data_wait": 0.02, "step_s": 0.1, "lr": 1e-4}
+            file.write(json.dumps(told) + "\n")
+            if n % 10 == 0:
+                found = {"time": 1000.0 + n, "iteration": n, "knn_accuracy": n / 100}
+                file.write(json.dumps(found) + "\n")

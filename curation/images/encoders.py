@@ -20,6 +20,8 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from curation.images.errors import EncoderError
+
 DEMO_MODEL = "lvd_demo"
 BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descriptor.safetensors"}
 # Thresholds of SSCD's TorchScript models: DINOv2, app. A.3.
@@ -33,10 +35,6 @@ ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_a
 
 Pixels = npt.NDArray[np.uint8]
 Vectors = npt.NDArray[np.float32]
-
-
-class EncoderError(Exception):
-    """A model or weights that can't be used: names the recipe field and what would be right."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from curation.images.decode import Limits, decode
-from curation.images.encoders import EncoderError
+from curation.images.errors import EncoderError
 from curation.images.safety import onnx_session
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from curation.images.encoders import EncoderError, InputFormat, Pixels, load_exactly, state_dict
+from curation.images.encoders import InputFormat, Pixels, load_exactly, state_dict
+from curation.images.errors import EncoderError
 
 Scores = npt.NDArray[np.float32]
 NUDENET = "nudenet"  # AGPL-3.0: comes with the extra `nsfw`

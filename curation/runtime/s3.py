@@ -75,6 +75,14 @@ def _client(bucket: str, settings: Settings) -> Any:  # noqa: ARG001
     return make(attempts=9, connect_timeout=10)
 
 
+@functools.lru_cache(maxsize=2)
+def _public_client(endpoint: str, settings: Settings) -> Any:  # noqa: ARG001
+    """Signs URLs of `endpoint`; it asks for nothing itself."""
+    import boto3
+
+    return boto3.Session().client("s3", endpoint_url=endpoint)
+
+
 class S3Store:
     """A prefix of a bucket. Credentials and endpoint come from boto3's usual chain."""
 
@@ -286,12 +294,15 @@ class S3Store:
         return sorted(prefix[len(start) : -1] for prefix in found)
 
     def link(self, path: str, seconds: int) -> str | None:
-        """A URL that lets whoever has it read `path` for some seconds."""
+        """A URL that lets whoever has it read `path` for some seconds.
+
+        Its endpoint is LVD_S3_PUBLIC_URL where readers know the store by another name than we do.
+        """
+        public = os.environ.get("LVD_S3_PUBLIC_URL")
         with self._errors(path):
+            client = _public_client(public, _settings()) if public else self.client
             where = {"Bucket": self.bucket, "Key": self._key(path)}
-            return str(
-                self.client.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)
-            )
+            return str(client.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
 
 class _RangeReader(io.RawIOBase):

@@ -95,7 +95,7 @@ def require_safe(host: str, tokens: Tokens) -> None:
 _bearer = HTTPBearer(auto_error=False, description="A token with the scope `read` or `submit`.")
 
 
-def _scopes(
+async def _scopes(
     request: Request,
     _: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],  # for the OpenAPI
 ) -> frozenset[Scope]:
@@ -115,15 +115,15 @@ def allowed(request: Request, tokens: Tokens) -> frozenset[Scope]:
 Scopes = Annotated[frozenset[Scope], Depends(_scopes)]
 
 
-def reads(scopes: Scopes) -> None:
+async def reads(scopes: Scopes) -> None:
     """For every call that reads."""
     if "read" not in scopes:
         raise HTTPException(401, UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
 
 
-def submits(scopes: Scopes) -> None:
+async def submits(scopes: Scopes) -> None:
     """For calls that make the cluster work: never without a token that says so."""
     if "read" not in scopes:
-        reads(scopes)
+        await reads(scopes)
     if "submit" not in scopes:
         raise HTTPException(403, "this needs a token with the scope `submit`; see --tokens")

@@ -50,7 +50,7 @@ def chart(title: str, points: Sequence[tuple[int, float]], percent: bool = False
 def _ticks(low: float, high: float) -> list[float]:
     """Round values between which all of them lie."""
     if high - low <= SAME * abs(high):
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
+        low, high = sorted((0.0, 2 * high)) if high else (0.0, 1.0)
     rough = (high - low) / TICKS
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= rough)

@@ -115,6 +115,9 @@ class Client:
     def story(self, run: str, id: str) -> models.Story:
         return self._get(models.Story, _path("runs", run, "images", id))
 
+    def nearest(self, run: str, id: str, k: int = 12) -> models.SearchAnswer:
+        return self._get(models.SearchAnswer, _path("runs", run, "images", id, "nearest"), k=k)
+
     def by_key(self, run: str, key: str, start: int = 0) -> models.Found:
         return self._get(models.Found, _path("runs", run, "images"), key=key, start=start)
 

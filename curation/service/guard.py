@@ -22,6 +22,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 BODY_BYTES = 256 << 10
 UPLOAD_BYTES = 20 << 20
 BODY_S = 30.0
+LINGER_S = 1.0
 BODIES_AT_ONCE = 8  # bodies are held in memory until they are whole
 
 HEADERS = {
@@ -81,7 +82,7 @@ class Guard:
                 body = await _whole_body(scope, receive, limit)
                 await self._app(scope, _replay(body, receive), answer)
         except Refusal as refusal:
-            await _refuse(refusal, answer)
+            await _refuse(refusal, receive if _has_body(scope) else None, answer)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             self._requests.seen(route, scope["method"], status, time.monotonic() - began)
@@ -92,7 +93,7 @@ class Guard:
         if not self._tokens and _name(host) not in LOOPBACK:
             raise Refusal(421, "without tokens this service answers to localhost alone")
         origin = _header(scope, b"origin")
-        if scope["method"] not in ("GET", "HEAD") and origin and urlsplit(origin).netloc != host:
+        if scope["method"] not in ("GET", "HEAD") and origin and _netloc(origin) != host:
             raise Refusal(403, "requests from other sites are not accepted")
 
     def _check_token(self, scope: Scope) -> None:
@@ -139,6 +140,14 @@ def _name(host: str) -> str:
         return ""
 
 
+def _netloc(origin: str) -> str:
+    """The host and port of an Origin header."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Gives the body that was read, then what comes after it (the disconnect)."""
     given = False
@@ -153,11 +162,19 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(refusal: Refusal, send: Send) -> None:
+async def _refuse(refusal: Refusal, receive: Receive | None, send: Send) -> None:
+    """With a body that is still on its way the connection stays for a moment: if it were closed
+    over unread bytes, its reset would overtake the answer."""
     data = json.dumps({"error": str(refusal)}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     headers.append((b"content-length", str(len(data)).encode()))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": data})
+    await send({"type": "http.response.body", "body": data, "more_body": receive is not None})
+    if receive is not None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while (await receive()).get("more_body"):
+                    pass
+        await send({"type": "http.response.body", "body": b""})

@@ -5,7 +5,7 @@ footers; a question then reads the few row groups that may hold the key.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ from curation.runtime.store import Store, read_table
 from curation.schema import PARTS_TABLE, id_prefix, lineage_path, lookup_folder
 from curation.service import models
 from curation.service.cache import Cache
+from curation.service.intact import intact
 from curation.service.runs import NotThere, Run
 
 ID_DIGITS = 8  # at least
@@ -106,7 +107,7 @@ class LineageReader:
 
         def read(at: int) -> Numbers:
             path, footer = spans.files[spans.file[at]]
-            with store.open(path) as file:
+            with intact(store, path), store.open(path) as file:
                 table = pq.ParquetFile(file, metadata=footer).read_row_group(
                     int(spans.group[at]), use_threads=False
                 )
@@ -119,21 +120,32 @@ class LineageReader:
         found = np.concatenate([np.zeros(0, np.int64), *READERS.map(read, chosen[:1024])])
         return [int(number) for number in np.sort(found)[:limit]]
 
-    def rows(self, run: Run, numbers: Iterable[int]) -> list[models.Image]:
+    def rows(self, run: Run, numbers: Sequence[int]) -> list[models.Image]:
         """The lineage of images by number, in the order given."""
         fingerprint = run.report("lineage").fingerprint
         bases = self._bases.get((run.path, fingerprint), lambda: _bases(run.store))
+        parts = (np.searchsorted(bases, numbers, "right") - 1).tolist()
+        wanted = dict.fromkeys(parts)
+        tables = dict(
+            zip(
+                wanted,
+                READERS.map(lambda at: self._part(run, fingerprint, at), wanted),
+                strict=True,
+            )
+        )
         found = []
-        for number in numbers:
-            part = int(np.searchsorted(bases, number, "right")) - 1
-            table = self._part(run, fingerprint, part)
-            row = table.slice(number - int(bases[part]), 1).to_pylist()[0]
-            found.append(models.Image(**row))
+        for number, part in zip(numbers, parts, strict=True):
+            with intact(run.store, lineage_path(part)):
+                row = tables[part].slice(number - int(bases[part]), 1).to_pylist()[0]
+                found.append(models.Image(**row))
         return found
 
     def _part(self, run: Run, fingerprint: str, part: int) -> pa.Table:
-        key = (run.path, fingerprint, part)
-        return self._parts.get(key, lambda: read_table(run.store, lineage_path(part)))
+        def read() -> pa.Table:
+            with intact(run.store, lineage_path(part)):
+                return read_table(run.store, lineage_path(part))
+
+        return self._parts.get((run.path, fingerprint, part), read)
 
     def by_key(self, run: Run, key: str, start: int) -> models.Found:
         """Images whose key is `key` or ends with `/key`: reads parts from `start` on for a while.
@@ -146,7 +158,8 @@ class LineageReader:
         numbers: list[int] = []
         part = min(start, len(bases))
         while part < len(bases) and time.monotonic() < until and len(numbers) < MAX_SAME:
-            keys = read_table(run.store, lineage_path(part), ["key"])["key"]
+            with intact(run.store, lineage_path(part)):
+                keys = read_table(run.store, lineage_path(part), ["key"])["key"]
             match = pc.or_(pc.equal(keys, key), pc.ends_with(keys, "/" + key))
             rows = np.flatnonzero(match.to_numpy())
             numbers += (rows + int(bases[part])).tolist()
@@ -161,8 +174,9 @@ class LineageReader:
 
 def _bases(store: Store) -> Numbers:
     """The number of each part's first image (parts,)."""
-    numbers: Numbers = read_table(store, PARTS_TABLE, ["base"])["base"].to_numpy()
-    return numbers
+    with intact(store, PARTS_TABLE):
+        numbers: Numbers = read_table(store, PARTS_TABLE, ["base"])["base"].to_numpy()
+        return numbers
 
 
 def _spans(store: Store, lookup: str) -> Spans:
@@ -172,7 +186,7 @@ def _spans(store: Store, lookup: str) -> Spans:
         raise NotThere("this run was made by an older LVD: `curate run` adds its lookup tables")
 
     def footer(path: str) -> pq.FileMetaData:
-        with store.open(path) as file:
+        with intact(store, path), store.open(path) as file:
             return pq.read_metadata(file)
 
     files = tuple(zip(paths, READERS.map(footer, paths), strict=True))

@@ -1,5 +1,6 @@
 """What Prometheus reads: gauges of every run as it stands, and the service's own requests."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from prometheus_client.registry import Collector
 from curation.runtime.store import StoreError
 from curation.service import models
 from curation.service.pretraining import Pretraining
-from curation.service.runs import Catalog, NotThere, Run
+from curation.service.runs import RUNS, Catalog, NotThere, Run
 
 STATES = ("waiting", "running", "done", "failed", "stalled")
 GAUGES = {
@@ -76,11 +77,7 @@ class RunGauges(Collector):
             name: GaugeMetricFamily(name, text, labels=labels)
             for name, (text, labels) in GAUGES.items()
         }
-        for run in self._catalog.all():
-            try:
-                samples = list(_of_run(run) if isinstance(run, Run) else _of_pretraining(run))
-            except (StoreError, NotThere):
-                continue
+        for samples in RUNS.map(_samples, self._catalog.all()):
             for name, labels, value in samples:
                 families[name].add_metric(labels, value)
         return families.values()
@@ -89,6 +86,13 @@ class RunGauges(Collector):
 def exposition(requests: Requests) -> bytes:
     """The text that Prometheus scrapes."""
     return generate_latest(requests.registry)
+
+
+def _samples(run: Run | Pretraining) -> list[Sample]:
+    try:
+        return list(_of_run(run) if isinstance(run, Run) else _of_pretraining(run))
+    except (StoreError, NotThere):
+        return []
 
 
 def _of_run(run: Run) -> Iterator[Sample]:
@@ -122,8 +126,9 @@ def _of_stage(run: str, stage: models.Stage) -> Iterator[Sample]:
 def _of_pretraining(run: Pretraining) -> Iterator[Sample]:
     curves = run.curves()
     yield "lvd_pretrain_iteration", (run.name,), curves.iteration
-    for loss, points in curves.losses.items():
-        yield "lvd_pretrain_loss", (run.name, loss), points[-1][1]
+    latest = {loss: points[-1][1] for loss, points in curves.losses.items()}
+    for loss, value in {**latest, **dict.fromkeys(curves.not_finite, math.nan)}.items():
+        yield "lvd_pretrain_loss", (run.name, loss), value
     for series, name in LATEST.items():
         if series in curves.series:
             yield name, (run.name,), curves.series[series][-1][1]

@@ -57,7 +57,8 @@ class RunSummary(Answer):
     run: str = Field(examples=["demo~run"], description="its name in every other call")
     path: str = Field(examples=["demo/run"])
     kind: Literal["curation", "pretraining"]
-    state: State
+    state: State | Literal["unreadable"]
+    message: str = Field("", description="why it can't be read")
     stage: str | None = Field(None, description="the stage that runs, or that stopped it")
     share: float | None = Field(None, description="of the stage's images that are done")
     images: int | None = Field(None, description="input images")
@@ -93,6 +94,7 @@ class Curves(Answer):
     series: dict[str, list[tuple[int, float]]] = Field(
         examples=[{"images_per_s": [(10, 812.5)], "data_wait": [(10, 0.01)]}]
     )
+    not_finite: list[str] = Field([], description="losses that are infinite or no number now")
 
 
 class Shard(Answer):

@@ -2,6 +2,7 @@
 
 import time
 from typing import Annotated, Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, File, Form, Query, Request, UploadFile
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -128,8 +129,7 @@ def logout() -> Response:
 
 @pages.get("/")
 def runs(request: Request, readers: Readers) -> Response:
-    found = [run.summary() for run in readers.catalog.all()]
-    found.sort(key=lambda run: -(run.updated or 0))
+    found = readers.catalog.summaries()
     live = "hx-request" in request.headers
     return _page(request, "_runs.html.j2" if live else "runs.html.j2", runs=found)
 
@@ -202,6 +202,21 @@ def story(request: Request, run: str, id: str, readers: Readers) -> Response:
     )
 
 
+@pages.get("/runs/{run}/images/{id}/nearest")
+def nearest(request: Request, run: str, id: str, readers: Readers) -> Response:
+    found = readers.catalog.run(run)
+    image = readers.lineage.first(found, id)
+    answer = readers.searcher.neighbours(found, image, TILES // 2)
+    return _page(
+        request,
+        "search.html.j2",
+        run=found.summary(),
+        name=image.key,
+        answer=answer,
+        fault="",
+    )
+
+
 def _other(image: models.Image) -> str | None:
     """The id that a reason names: the image that stays instead, or one of an evaluation set."""
     words = image.reason.split()
@@ -223,7 +238,7 @@ def find(
     if len(wanted) >= ID_DIGITS and digits and not start:
         try:
             first = readers.lineage.first(found, wanted)
-            return RedirectResponse(f"/runs/{found.name}/images/{first.id}", 303)
+            return RedirectResponse(f"/runs/{quote(found.name)}/images/{first.id}", 303)
         except NotThere:
             pass  # it may still be a key
     answer = readers.lineage.by_key(found, wanted, start) if wanted else None

@@ -3,6 +3,7 @@
 import io
 import threading
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -21,12 +22,15 @@ CACHE_BYTES = 128 << 20
 DECODERS = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
+# (the run's recipe as YAML, an input image's bytes) -> how it may be shown. Raises NotThere.
+Show = Callable[[str, bytes], Image.Image]
+
 
 class Pictures:
     """Makes thumbnails, a few at a time, and keeps the latest."""
 
-    def __init__(self, shards: ShardReader) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardReader, show: Show) -> None:
+        self._shards, self._show = shards, show
         self._made: Cache[bytes] = Cache(CACHE_BYTES, len)
         self._decoders = threading.BoundedSemaphore(DECODERS)
 
@@ -35,7 +39,8 @@ class Pictures:
         side = next((one for one in SIDES if one >= side), SIDES[-1])
 
         def make() -> bytes:
-            return self._thumbnail(self._shards.image(run, shard, key)[0], side)
+            data = self._shards.image(run, shard, key)[0]
+            return self._thumbnail(lambda: _opened(data, side), side)
 
         return self._made.get((run.path, shard, key, side), make)
 
@@ -46,21 +51,28 @@ class Pictures:
         side = next((one for one in SIDES if one >= side), SIDES[-1])
 
         def make() -> bytes:
-            return self._thumbnail(_from_source(run.store, image.image), side)
+            data = _from_source(run.store, image.image)
+            return self._thumbnail(lambda: self._show(run.recipe(), data), side)
 
         return self._made.get((run.path, image.image, image.id, side), make)
 
-    def _thumbnail(self, data: bytes, side: int) -> bytes:
+    def _thumbnail(self, open_: Callable[[], Image.Image], side: int) -> bytes:
         """Never the bytes themselves: what comes from a source is shown as pixels or not at all."""
         with self._decoders, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return _shrink(data, side)
+                image, buffer = open_(), io.BytesIO()
+                image.thumbnail((side, side))
+                image.save(buffer, "WEBP", quality=80, method=2)
+                return buffer.getvalue()
+            except NotThere:
+                raise
             except Exception as error:  # Pillow's decoders raise many types on hostile bytes
                 raise NotThere(f"no picture can be made of it: {type(error).__name__}") from None
 
 
-def _shrink(data: bytes, side: int) -> bytes:
+def _opened(data: bytes, side: int) -> Image.Image:
+    """An image of a shard: that it can be decoded within bounds was seen when it was embedded."""
     image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError("too many pixels")
@@ -68,11 +80,7 @@ def _shrink(data: bytes, side: int) -> bytes:
     turn = image.getexif().get(0x0112, 1)
     image.thumbnail((side, side))
     image = image.convert("RGBA" if "A" in image.mode or "transparency" in image.info else "RGB")
-    if turn in (3, 6, 8):
-        image = image.rotate({3: 180, 6: 270, 8: 90}[turn], expand=True)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80, method=2)
-    return buffer.getvalue()
+    return image.rotate({3: 180, 6: 270, 8: 90}[turn], expand=True) if turn in (3, 6, 8) else image
 
 
 def _from_source(run: Store, number: int) -> bytes:

@@ -7,7 +7,7 @@ from curation.service.auth import Tokens
 from curation.service.jobs import CheckRecipe, Jobs
 from curation.service.lineage import LineageReader
 from curation.service.metrics import Requests, RunGauges
-from curation.service.pictures import Pictures
+from curation.service.pictures import Pictures, Show
 from curation.service.runs import Catalog
 from curation.service.search import Embed, Searcher
 from curation.service.shards import ShardReader
@@ -17,12 +17,13 @@ from curation.service.shards import ShardReader
 class ServiceConfig:
     """What a service reads (a folder or s3:// prefix of runs), and what it is lent.
 
-    `embed` and `check_recipe` need the encoders and the recipe, which lie above the service: who
-    starts it hands them in. `ray_dashboard` None: no jobs.
+    `embed`, `show` and `check_recipe` need the encoders, the decoder and the recipe, which lie
+    above the service: who starts it hands them in. `ray_dashboard` None: no jobs.
     """
 
     root: str
     embed: Embed
+    show: Show
     check_recipe: CheckRecipe
     tokens: Tokens = field(default_factory=Tokens)
     ray_dashboard: str | None = None
@@ -35,7 +36,7 @@ class Service:
         self.catalog = Catalog(config.root)
         self.shards = ShardReader()
         self.lineage = LineageReader()
-        self.pictures = Pictures(self.shards)
+        self.pictures = Pictures(self.shards, config.show)
         self.searcher = Searcher(self.lineage, config.embed)
         ray = RayJobs(config.ray_dashboard) if config.ray_dashboard else None
         self.jobs = Jobs(ray, config.check_recipe, config.root)

@@ -46,7 +46,7 @@ Offset = Annotated[int, Query(ge=0, le=10**12)]
 Limit = Annotated[int, Query(ge=1, le=MAX_PAGE)]
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     found: Service = request.app.state.service
     return found
 
@@ -79,8 +79,7 @@ def metrics(readers: Readers) -> Response:
 @api.get("/runs", tags=["runs"])
 def runs(readers: Readers) -> models.Runs:
     """All runs, the one with the latest sign of life first."""
-    found = [run.summary() for run in readers.catalog.all()]
-    return models.Runs(runs=sorted(found, key=lambda run: -(run.updated or 0)))
+    return models.Runs(runs=readers.catalog.summaries())
 
 
 @api.get("/runs/{run}", tags=["runs"])
@@ -236,6 +235,15 @@ def thumbnail(
     image = readers.lineage.first(found, id)
     data = readers.pictures.of_image(found, image, side)
     return Response(data, media_type="image/webp", headers=FOREVER)
+
+
+@api.get("/runs/{run}/images/{id}/nearest", tags=["images"])
+def nearest(
+    run: RunName, id: ImageId, readers: Readers, k: Annotated[int, Query(ge=1, le=100)] = 12
+) -> models.SearchAnswer:
+    """The run's images nearest to one of them, by the run's encoder."""
+    found = readers.catalog.run(run)
+    return readers.searcher.neighbours(found, readers.lineage.first(found, id), k)
 
 
 @api.post("/runs/{run}/search", tags=["images"])

@@ -5,18 +5,19 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
 
 from curation.runtime.manifest import StageReport, read_report
 from curation.runtime.status import done_status, watched
-from curation.runtime.store import Store, open_store, read_table
+from curation.runtime.store import Entry, Store, StoreError, open_store, read_table
 from curation.schema import PARTS_TABLE, RECIPE_FILE, REPORT_JSON, VERSIONS
 from curation.service import models
 from curation.service.cache import Cache, Fresh
 from curation.service.events import EventLog
+from curation.service.intact import intact
 from curation.service.pretraining import METRICS, Pretraining
 
 STAGES = tuple(VERSIONS)
@@ -26,10 +27,15 @@ FIND_S = 10.0
 STATUS_S = 1.0
 ENDED = ("failed", "stalled", "stopped")
 READERS = ThreadPoolExecutor(16, "read-run")  # on S3 a stage's files take a moment
+RUNS = ThreadPoolExecutor(16, "read-runs")
 
 
 class NotThere(Exception):
     """What was asked for does not exist (yet): says what, and where to look."""
+
+
+# The markers of the stages that are done, and the statuses of those that have begun.
+State = tuple[dict[str, StageReport], dict[str, dict[str, Any]]]
 
 
 class Catalog:
@@ -59,6 +65,11 @@ class Catalog:
         """Every run, of curation and of pretraining."""
         return [self._open(name, *found) for name, found in self._found.get().items()]
 
+    def summaries(self) -> list[models.RunSummary]:
+        """All runs, the one with the latest sign of life first; a damaged one hides no other."""
+        found = list(RUNS.map(_summary, self.all()))
+        return sorted(found, key=lambda run: -(run.updated or 0))
+
     def run(self, name: str) -> "Run":
         """Raises NotThere."""
         run = self._named(name)
@@ -84,6 +95,16 @@ class Catalog:
         return self._open(name, *found)
 
 
+def _summary(run: "Run | Pretraining") -> models.RunSummary:
+    try:
+        return run.summary()
+    except StoreError as error:
+        text = str(error)
+        return models.RunSummary(
+            run=run.name, path=run.path, kind=run.kind, state="unreadable", message=text
+        )
+
+
 def _walk(root: Store, path: str, depth: int) -> Iterator[tuple[str, str]]:
     """(path, kind) of every run in `path`; the folders of a run's stages aren't looked into."""
 
@@ -98,24 +119,35 @@ def _walk(root: Store, path: str, depth: int) -> Iterator[tuple[str, str]]:
     elif root.exists(inside(METRICS)):
         yield path, "pretraining"
     if depth < DEPTH:
-        for name in folders:
-            if not name.startswith(".") and not (is_run and name in (*STAGES, "events", "status")):
-                yield from _walk(root, inside(name), depth + 1)
+        own = (*STAGES, "events", "status") if is_run else ()
+        below = [inside(name) for name in folders if name[0] != "." and name not in own]
+        each = RUNS.map if depth == 0 else map  # on S3 each takes some requests
+        for found in each(lambda folder: list(_walk(root, folder, depth + 1)), below):
+            yield from found
 
 
 class Run:
     """One run of curation. What it wrote is read again at most every `STATUS_S`."""
 
-    kind = "curation"
+    kind: Literal["curation"] = "curation"
 
     def __init__(self, name: str, path: str, store: Store) -> None:
         self.name, self.path, self.store = name, path, store
         self.events = EventLog(store)
         self._state = Fresh(self._read_state, STATUS_S)
+        self._settled: tuple[list[Entry], State] | None = None
         self._facts: Cache[Any] = Cache(2, lambda _: 1)
 
-    def _read_state(self) -> tuple[dict[str, StageReport], dict[str, dict[str, Any]]]:
-        """The markers of the stages that are done, and the statuses of those that have begun."""
+    def _read_state(self) -> State:
+        """Of a finished run what was read before, unless a stage has told something since."""
+        told = list(self.store.list("status"))
+        if self._settled is None or self._settled[0] != told:
+            state = self._read_stages()
+            self._settled = (told, state) if len(state[0]) == len(STAGES) else None
+            return state
+        return self._settled[1]
+
+    def _read_stages(self) -> State:
         reports, statuses = {}, {}
         for stage, found in zip(STAGES, READERS.map(self._read_stage, STAGES), strict=True):
             report, status = found
@@ -127,7 +159,10 @@ class Run:
 
     def _read_stage(self, stage: str) -> tuple[StageReport | None, dict[str, Any] | None]:
         report, path = read_report(self.store, stage), f"status/{stage}.json"
-        return report, json.loads(self.store.read(path)) if self.store.exists(path) else None
+        if not self.store.exists(path):
+            return report, None
+        with intact(self.store, path):
+            return report, json.loads(self.store.read(path))
 
     def reports(self) -> dict[str, StageReport]:
         """The markers of the stages that are done."""
@@ -146,10 +181,14 @@ class Run:
 
     def recipe(self) -> str:
         """The resolved recipe as YAML."""
-        return self.store.read(RECIPE_FILE).decode()
+        return self.store.read(RECIPE_FILE).decode("utf-8", "replace")
 
     def stages(self) -> list[models.Stage]:
         """All stages in order, as they stand now."""
+        with intact(self.store):
+            return self._stages()
+
+    def _stages(self) -> list[models.Stage]:
         reports, statuses = self._state.get()
         found = []
         for stage in STAGES:
@@ -164,7 +203,8 @@ class Run:
         return found
 
     def summary(self) -> models.RunSummary:
-        return models.RunSummary(**self._summary(self.stages()))
+        with intact(self.store):
+            return models.RunSummary(**self._summary(self._stages()))
 
     def _summary(self, stages: list[models.Stage]) -> dict[str, Any]:
         states = {stage.state for stage in stages}
@@ -188,7 +228,10 @@ class Run:
 
     def describe(self) -> models.Run:
         """All that the run's page shows."""
-        stages, reports = self.stages(), self.reports()
+        with intact(self.store):
+            return self._describe(self._stages(), self.reports())
+
+    def _describe(self, stages: list[models.Stage], reports: dict[str, StageReport]) -> models.Run:
         shards = reports["shards"].counts if "shards" in reports else {}
         facts = self._report_facts()
         rows = [models.CompositionRow(**row) for row in facts["composition"]["rows"]]
@@ -206,7 +249,8 @@ class Run:
         )
 
     def _recipe_name(self) -> str:
-        return str(yaml.safe_load(self.recipe()).get("name", self.name))
+        with intact(self.store, RECIPE_FILE):
+            return str(yaml.safe_load(self.recipe()).get("name", self.name))
 
     def _report_facts(self) -> dict[str, Any]:
         report = self.reports().get("report")
@@ -214,8 +258,9 @@ class Run:
             return {"composition": {"rows": []}, "notices": []}
 
         def read() -> dict[str, Any]:
-            found = json.loads(self.store.read(REPORT_JSON))
-            return {name: found[name] for name in ("composition", "notices")}
+            with intact(self.store, REPORT_JSON):
+                found = json.loads(self.store.read(REPORT_JSON))
+                return {name: found[name] for name in ("composition", "notices")}
 
         facts: dict[str, Any] = self._facts.get(("report", report.fingerprint), read)
         return facts
@@ -227,9 +272,10 @@ class Run:
             return None
 
         def read() -> int:
-            table = read_table(self.store, PARTS_TABLE, ["role", "rows"])
-            pool = np.asarray(table["role"].to_numpy(zero_copy_only=False) == "pool")
-            return int(table["rows"].to_numpy()[pool].sum())
+            with intact(self.store, PARTS_TABLE):
+                table = read_table(self.store, PARTS_TABLE, ["role", "rows"])
+                pool = np.asarray(table["role"].to_numpy(zero_copy_only=False) == "pool")
+                return int(table["rows"].to_numpy()[pool].sum())
 
         return int(self._facts.get(("pool", ingest.fingerprint), read))
 

@@ -1,8 +1,9 @@
-"""An uploaded image's nearest in a run: every vector is read once, a part at a time."""
+"""The nearest in a run to an upload or to one of its images: every vector is read, by parts."""
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,9 @@ from curation.runtime.manifest import embedded_name
 from curation.runtime.store import read_table
 from curation.schema import PARTS_TABLE
 from curation.service import models
+from curation.service.intact import intact
 from curation.service.lineage import LineageReader
-from curation.service.runs import Run
+from curation.service.runs import NotThere, Run
 
 SEARCH_S = 10.0
 AT_ONCE = 2
@@ -42,10 +44,22 @@ class Searcher:
     def nearest(self, run: Run, data: bytes, k: int) -> models.SearchAnswer:
         """The `k` nearest by the run's encoder. Raises BadUpload, Busy or NotThere."""
         run.report("lineage")
+        with self._turn():
+            return self._search(run, self._embed(run.recipe(), data), k)
+
+    def neighbours(self, run: Run, image: models.Image, k: int) -> models.SearchAnswer:
+        """The `k` nearest to an image of the run, without itself. Raises Busy or NotThere."""
+        with self._turn():
+            found = self._search(run, _vector(run, image.image), k + 1)
+        others = [hit for hit in found.hits if hit.image.image != image.image]
+        return found.model_copy(update={"hits": others[:k]})
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._turns.acquire(timeout=SEARCH_S):
             raise Busy("other searches are running; try again in a moment")
         try:
-            return self._search(run, self._embed(run.recipe(), data), k)
+            yield
         finally:
             self._turns.release()
 
@@ -62,12 +76,10 @@ class Searcher:
             if time.monotonic() > until:
                 complete = False
                 break
-            path = f"embed/vectors/{embedded_name(fingerprint, embedding)}.parquet"
-            table = read_table(run.store, path, ["row", "semantic"])
-            rows = _rows(table, len(query))
+            images_of_part, rows = _part(run, base, fingerprint, embedding)
             searched += len(rows)
             cosine = np.r_[best_cosine, rows @ query]
-            image = np.r_[best_image, base + table["row"].to_numpy().astype(np.int64)]
+            image = np.r_[best_image, images_of_part]
             top = np.lexsort((image, -cosine))[:k]
             best_cosine, best_image = cosine[top], image[top]
         found = self._lineage.rows(run, best_image.tolist())
@@ -78,14 +90,37 @@ class Searcher:
         return models.SearchAnswer(hits=hits, searched=searched, images=images, complete=complete)
 
 
-def _rows(table: pa.Table, dim: int) -> Vector:
+def _vector(run: Run, image: int) -> Vector:
+    """The unit row (D,) of an image of the run. Raises NotThere."""
+    parts = read_table(run.store, PARTS_TABLE, COLUMNS)
+    at = int(np.searchsorted(parts["base"].to_numpy(), image, "right")) - 1
+    base, fingerprint = parts["base"][at].as_py(), parts["fingerprint"][at].as_py()
+    images, rows = _part(run, base, fingerprint, run.report("embed").counts["embedding"])
+    mine = np.flatnonzero(images == image)
+    if not len(mine):
+        raise NotThere("this image was rejected, so it has no vector and no neighbours")
+    row: Vector = rows[mine[0]]
+    return row
+
+
+def _part(
+    run: Run, base: int, fingerprint: str, embedding: str
+) -> tuple[npt.NDArray[np.int64], Vector]:
+    """The image numbers (n,) and unit rows (n, D) of a part."""
+    path = f"embed/vectors/{embedded_name(fingerprint, embedding)}.parquet"
+    with intact(run.store, path):
+        table = read_table(run.store, path, ["row", "semantic"])
+        return base + table["row"].to_numpy().astype(np.int64), _rows(table)
+
+
+def _rows(table: pa.Table) -> Vector:
     """Unit rows (n, D) of a part's vectors."""
-    chunks = table["semantic"].chunks
+    dim = table.schema.field("semantic").type.byte_width // np.dtype(np.float16).itemsize
     blocks = [
         np.frombuffer(chunk.buffers()[1], np.float16)[
             chunk.offset * dim : (chunk.offset + len(chunk)) * dim
         ]
-        for chunk in chunks
+        for chunk in table["semantic"].chunks
         if len(chunk)
     ]
     if not blocks:

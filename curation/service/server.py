@@ -57,7 +57,9 @@ class ImpatientProtocol(H11Protocol):
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Errors: OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    taken = socket.socket(family, socket.SOCK_STREAM)
+    # Only of sockets that say they are TCP does asyncio turn Nagle's algorithm off: else a body
+    # waits 40 ms for the acknowledgement of its headers.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host.strip("[]"), port))

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.runtime.store import Store, read_table
-from curation.schema import SHARDS_MANIFEST
+from curation.schema import SHARD_INDEX, SHARDS_MANIFEST
 from curation.service import models
 from curation.service.cache import Cache, Fresh
+from curation.service.intact import intact
 from curation.service.runs import READERS, NotThere, Run
 
 LIST_S = 5.0
@@ -96,7 +97,12 @@ class ShardReader:
         """The index of a shard: one row a member."""
         path = _index_path(shard.shard)
         key = (run.path, shard.shard, shard.sha256)
-        return self._indexes.get(key, lambda: read_table(run.store, path).unify_dictionaries())
+
+        def read() -> pa.Table:
+            with intact(run.store, path):
+                return read_table(run.store, path, SHARD_INDEX.names)
+
+        return self._indexes.get(key, read)
 
     def samples(self, run: Run, shard: str, offset: int, limit: int) -> models.ShardSamples:
         """A page of a shard's images, in its order."""
@@ -143,14 +149,15 @@ def _first_members(index: pa.Table) -> npt.NDArray[np.int64]:
 
 
 def _of_manifest(store: Store) -> ShardList:
-    rows = json.loads(store.read(SHARDS_MANIFEST))["shards"]
-    digests = bytes.fromhex("".join(row["sha256"] for row in rows))
-    facts = (
-        np.array([row["images"] for row in rows], np.int64),
-        np.array([row["bytes"] for row in rows], np.int64),
-        np.frombuffer(digests, np.dtype("V32")),
-    )
-    return ShardList(np.array([row["name"].encode() for row in rows], np.bytes_), facts)
+    with intact(store, SHARDS_MANIFEST):
+        rows = json.loads(store.read(SHARDS_MANIFEST))["shards"]
+        digests = bytes.fromhex("".join(row["sha256"] for row in rows))
+        facts = (
+            np.array([row["images"] for row in rows], np.int64),
+            np.array([row["bytes"] for row in rows], np.int64),
+            np.frombuffer(digests, np.dtype("V32")),
+        )
+        return ShardList(np.array([row["name"].encode() for row in rows], np.bytes_), facts)
 
 
 def _so_far(store: Store) -> ShardList:
@@ -165,7 +172,8 @@ def _so_far(store: Store) -> ShardList:
 
 
 def _of_footer(store: Store, shard: str) -> models.Shard:
-    with store.open(_index_path(shard)) as file:
+    path = _index_path(shard)
+    with intact(store, path), store.open(path) as file:
         facts = pq.read_schema(file).metadata
-    size, digest = int(facts[b"bytes"]), facts[b"sha256"].decode()
-    return models.Shard(shard=shard, images=int(facts[b"images"]), bytes=size, sha256=digest)
+        size, digest = int(facts[b"bytes"]), facts[b"sha256"].decode()
+        return models.Shard(shard=shard, images=int(facts[b"images"]), bytes=size, sha256=digest)

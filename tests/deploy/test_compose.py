@@ -1,12 +1,15 @@
 """docker-compose.yml, the Dockerfile and the demo job, by the tools that would run them."""
 
 import re
+import shlex
 import tomllib
 from typing import Any
 
 import yaml
 from judges import ROOT, judge
 from packaging.requirements import Requirement
+
+from curation.cli import _parser
 
 COMPOSE = ROOT / "docker-compose.yml"
 DOCKERFILE = ROOT / "deploy" / "Dockerfile"
@@ -27,6 +30,11 @@ def test_compose_itself_reads_it() -> None:
     assert done.returncode == 0, done.stderr
     services = yaml.safe_load(done.stdout)["services"]
     assert services["service"]["environment"]["AWS_ENDPOINT_URL"] == "http://s3:8333"
+
+
+def test_the_service_takes_its_command_and_knows_the_cluster() -> None:
+    options = _parser().parse_args(shlex.split(compose()["services"]["service"]["command"])[1:])
+    assert options.ray_dashboard == "http://ray-head:8265"
 
 
 def test_ports_are_open_to_this_machine_alone() -> None:

@@ -8,6 +8,8 @@ import pytest
 import yaml
 from judges import ROOT, judge
 
+from curation.cli import _parser
+
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s" / "overlays").iterdir())
 KUBERAY = ("rayclusters", "rayjobs")
 
@@ -46,6 +48,14 @@ def test_objects_of_kubernetes_follow_its_schemas(built: Path) -> None:
     assert told.count("passed for resource") == sum(
         one["apiVersion"] != "ray.io/v1" for one in objects(built)
     )
+
+
+def test_the_service_takes_its_command_and_knows_the_cluster(built: Path) -> None:
+    found = {(one["kind"], one["metadata"]["name"]): one for one in objects(built)}
+    (container,) = pods(found["Deployment", "service"])[0]["containers"]
+    (cluster,) = (name for kind, name in found if kind == "RayCluster")
+    options = _parser().parse_args(container["command"][1:])
+    assert options.ray_dashboard == f"http://{cluster}-head-svc:8265"
 
 
 @pytest.mark.parametrize("kind", KUBERAY)

@@ -82,18 +82,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[Served]:
-    with served(folder / "runs") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "curation", "run", str(folder / "recipe.yaml"), "--ray", "off"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield process
     process.kill()
     process.wait()
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, running: "subprocess.Popen[bytes]") -> Iterator[Served]:
+    """Started when the run has begun: runs that come later are looked for every ten seconds."""
+    while not (folder / "runs" / "photographs" / "status").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
+    with served(folder / "runs") as found:
+        yield found
 
 
 @pytest.fixture
@@ -231,3 +235,12 @@ def test_the_keyboard_reaches_everything_visibly(browser: Any, finished: Served)
             break
     assert reached[0] == "Skip to the content"
     assert {"LVD", "000000.tar", "q", "Find", "image"} <= set(reached), reached
+
+
+def test_the_keyboard_keeps_its_place_when_the_page_is_renewed(
+    browser: Any, finished: Served
+) -> None:
+    browser.get(finished.url)
+    browser.execute_script("(window.card = document.querySelector('.card')).focus()")
+    until(browser, "document.body.contains(window.card)", lambda there: not there, 30)
+    assert browser.execute_script("return document.activeElement.className") == "card"

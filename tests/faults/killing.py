@@ -22,7 +22,7 @@ from typing import Any
 
 from workbench import Project
 
-PRELOAD = ["curation.cli", "curation.images.encoders", "timm", "faiss", "torchvision", "pandas"]
+PRELOAD = ["curation.commands", "timm", "faiss", "torchvision", "pandas"]
 PRELOAD += ["warm"]
 
 

@@ -1,32 +1,15 @@
 """A finished run with every kind of decision, and a service over it."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from served import HOSTILE, Served, served
+from served import HOSTILE, Served, served, write_metrics
 from workbench import Models, Project, picture, write_pictures
 
 from curation.service.client import Client
-
-LINES = 30
-
-
-def write_metrics(folder: Path, lines: int = LINES) -> None:
-    """What `pretrain` leaves: metrics of some iterations of 40, kNN at every tenth."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("schedule: {iterations: 40, batch: 16}\n")
-    with (folder / "metrics.jsonl").open("w") as file:
-        for n in range(1, lines + 1):
-            told = {"time": 1000.0 + n, "iteration": n, "loss": 12 - n / 10, "koleo": 1 / n}
-            told |= {"images_per_s": 100.0 + n, "data_wait": 0.02, "step_s": 0.1, "lr": 1e-4}
-            file.write(json.dumps(told) + "\n")
-            if n % 10 == 0:
-                found = {"time": 1000.0 + n, "iteration": n, "knn_accuracy": n / 100}
-                file.write(json.dumps(found) + "\n")
 
 
 @pytest.fixture(scope="session")

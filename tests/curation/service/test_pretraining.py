@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from curation.runtime.store import FileStore
 from curation.service.charts import chart
+from curation.service.metrics import _of_pretraining
 from curation.service.pretraining import MAX_POINTS, Pretraining
 
 
@@ -38,6 +40,25 @@ def test_new_lines_are_read_once_they_are_whole(run: Pretraining, tmp_path: Path
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('ion": 5, "loss": NaN}\n[]\n{"iteration": 6, "loss": 6}\n')
     assert losses(run)[-2:] == [(4, 4), (6, 6)]
+
+
+def test_a_loss_that_is_not_finite_is_told_until_it_is_again(
+    run: Pretraining, tmp_path: Path
+) -> None:
+    """As `pretrain` writes it; else Prometheus would see the last finite loss for ever."""
+
+    def gauge() -> float:
+        run._state._value = None  # read now
+        return next(value for name, _, value in _of_pretraining(run) if name == "lvd_pretrain_loss")
+
+    assert gauge() == 3
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "iteration": 4, "loss": null}\n')
+        file.write('{"time": 1.0, "iteration": 4, "knn_accuracy": 0.5}\n')
+    assert math.isnan(gauge())
+    assert run.curves().not_finite == ["loss"]
+    write(tmp_path, range(5, 6))
+    assert gauge() == 5
 
 
 def test_a_resumed_run_replaces_what_it_does_again(run: Pretraining, tmp_path: Path) -> None:

@@ -79,6 +79,25 @@ def test_a_stage_goes_stale_while_it_is_watched(
     assert run.stages()[1].state == "stalled"
 
 
+def test_a_finished_run_is_read_again_only_when_it_has_told_something(
+    project: Callable[..., Project], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = project(pool=range(6))
+    assert work.run() == 0
+    run = run_of(work)
+    assert run.summary().state == "done"
+    asked: list[str] = []
+    read = run.store.read
+    monkeypatch.setattr(run.store, "read", lambda path, *given: asked.append(path) or read(path))
+    run._state._value = None  # what was read is old
+    assert run.summary().state == "done"
+    assert asked == []
+    (work.run_folder / "embed" / "done.json").unlink()
+    rewrite(work, "embed", state="running", heartbeat=time.time())
+    run._state._value = None
+    assert run.stages()[1].state == "running"
+
+
 def test_a_stage_that_failed_says_why(project: Callable[..., Project]) -> None:
     work = project(pool=range(6), holdout=range(6))
     assert work.run() == 1

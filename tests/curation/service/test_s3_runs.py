@@ -1,6 +1,7 @@
 """Runs in a bucket, over the S3 protocol: the same answers, links that expire, and no secrets."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +42,8 @@ def service(bucket: str, project: Callable[..., Project]) -> Iterator[Served]:
     work = project(pool=range(20))
     work.recipe["output"] = f"{bucket}/birds"
     assert work.run() == 0
-    with served(bucket) as found:
+    public = os.environ["AWS_ENDPOINT_URL"].replace("127.0.0.1", "localhost")
+    with served(bucket, LVD_S3_PUBLIC_URL=public) as found:
         yield found
 
 
@@ -77,6 +79,7 @@ def _links_expire(service: Served, shard: str) -> None:
         life = int(given["X-Amz-Expires"][0])
     assert 0 < life <= LINK_S
     assert link.path.endswith(f"/curated/all/runs/birds/shards/{shard}")
+    assert link.hostname == "localhost"  # not as the service itself reaches the store
     assert SECRET not in answer.headers["location"]
 
 

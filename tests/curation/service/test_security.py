@@ -1,5 +1,6 @@
 """Tokens and scopes, and requests that mean harm: each over a real socket."""
 
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -90,6 +91,8 @@ def test_a_browser_signs_in_with_a_cookie_that_scripts_cannot_read(guarded: Serv
         assert "SameSite=strict" in cookie
         assert browser.get("/runs/birds").status_code == 200
         assert browser.post("/logout").status_code == 303
+        live = browser.get("/runs/birds", headers={"HX-Request": "true"})
+        assert (live.status_code, live.headers["hx-redirect"]) == (401, "/login")
         assert browser.get("/runs/birds").status_code == 303
 
 
@@ -146,11 +149,26 @@ def test_starting_it_wrongly_is_one_line(
     assert main(["serve", str(tmp_path / "nope")]) == 2
     assert main(["serve", str(tmp_path), "--tokens", str(tmp_path / "none")]) == 2
     assert main(["serve", str(tmp_path), "--port", str(service.address[1])]) == 2
+    assert main(["serve", str(tmp_path), "--port", "99999"]) == 2
+    (tmp_path / "tokens").write_text(f"read {READ}\n")
+    elsewhere = ("--host", "no.such.host.example", "--tokens", str(tmp_path / "tokens"))
+    assert main(["serve", str(tmp_path), *elsewhere]) == 2
+    assert main(["serve", str(tmp_path), "--ray-dashboard", "ray-head:8265"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
+    assert len(lines) == 6
     assert "no such folder" in lines[0]
     assert "--tokens" in lines[1]
     assert "already in use; --port 0 takes one that is free" in lines[2]
+    assert "--port 99999: must be 0 (a free one) to 65535" in lines[3]
+    assert "--host no.such.host.example: " in lines[4]
+    assert "--ray-dashboard ray-head:8265: give a URL" in lines[5]
+
+
+def test_it_ends_in_silence_when_it_is_interrupted(runs: Path) -> None:
+    with served(runs) as found:
+        found.process.send_signal(signal.SIGINT)
+        assert found.process.wait(20) == 0
+        assert len(found.log.read_text().splitlines()) == 1
 
 
 def raw(served: Served, *parts: bytes, pause: float = 0.0) -> bytes:
@@ -221,6 +239,13 @@ def test_a_page_runs_no_script_but_our_own(service: Served, path: str) -> None:
     assert " style=" not in answer.text
     assert " onclick" not in answer.text
     assert "<script>" not in answer.text
+
+
+def test_a_browser_keeps_the_script_and_asks_whether_it_is_new(service: Served) -> None:
+    answer = httpx.get(f"{service.url}/static/htmx.min.js")
+    assert answer.headers["cache-control"] == "public, max-age=600"
+    again = {"If-None-Match": answer.headers["etag"]}
+    assert httpx.get(f"{service.url}/static/htmx.min.js", headers=again).status_code == 304
 
 
 def test_the_report_is_in_a_sandbox(service: Served) -> None:
@@ -295,3 +320,9 @@ def test_only_what_the_manifest_names_is_a_shard(service: Served, runs: Path) ->
             assert answer.status_code == 404
     finally:
         planted.unlink()
+
+
+@pytest.mark.parametrize("origin", ["http://[::1", "null", "x", "http://localhost.example"])
+def test_an_origin_that_is_none_of_ours_is_refused(service: Served, origin: str) -> None:
+    answer = httpx.post(f"{service.url}/login", headers={"Origin": origin}, data={"token": "x"})
+    assert answer.status_code == 403
