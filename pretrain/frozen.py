@@ -12,7 +12,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
@@ -21,6 +20,7 @@ from pretrain.collate import IMAGENET_MEAN, IMAGENET_STD
 from pretrain.config import Config, DistillConfig
 from pretrain.errors import UserError
 from pretrain.export import load_run
+from pretrain.scores import Scores, product_dtype
 from pretrain.vit import Tokens
 
 TRAINING = ("module.", "teacher.", "student.", "backbone.")  # prefixes in its checkpoints
@@ -115,11 +115,10 @@ class Anchors(nn.Module):
         self.mean.copy_(rows.mean(dim=0))
         self.features.copy_(functional.normalize(rows - self.mean, dim=1))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, K)"""
-        return functional.linear(
-            functional.normalize(tokens.float() - self.mean, dim=1), self.features
-        )
+    def forward(self, tokens: torch.Tensor) -> Scores:
+        """(N, D) -> (N, K), of a copy: sharded features are whole only in here."""
+        rows = functional.normalize(tokens.float() - self.mean, dim=1)
+        return Scores(rows, self.features.to(product_dtype(self.features), copy=True))
 
 
 @torch.no_grad()
@@ -238,7 +237,7 @@ def _load_exactly(model: nn.Module, distill: DistillConfig) -> None:
     field = f"distill.weights (--teacher-weights) {distill.weights}"
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     try:
-        state = _read(Path(distill.weights))
+        state = weights.read(Path(distill.weights))
         if any(name.startswith(TRAINING) for name in state):
             state = weights.backbone_of(state)
         missing, unknown = model.load_state_dict(
@@ -253,17 +252,6 @@ def _load_exactly(model: nn.Module, distill: DistillConfig) -> None:
     faults += [f"has {name}" for name in unknown if not name.startswith(CLASSIFIERS)]
     if faults:
         raise UserError(f"{field}: not weights of {distill.teacher}: it {'; it '.join(faults[:3])}")
-
-
-def _read(path: Path) -> weights.State:
-    """A safetensors file, or a torch file that may hold the state among others."""
-    if path.suffix == ".safetensors":
-        return {name: value.float() for name, value in load_file(path).items()}
-    found = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(found.get(wrapper), dict):
-            found = found[wrapper]
-    return {name: value.float() for name, value in found.items()}
 
 
 def blocks_of(networks: nn.ModuleDict) -> list[nn.Module]:

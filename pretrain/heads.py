@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from pretrain.ranges import Count
+from pretrain.scores import Scores, product_dtype
 
 # (features (N, d) unit norm fp32, (weight_v (K, d), weight_g (K, 1))) -> losses
 Losses = tuple[torch.Tensor, torch.Tensor]
@@ -51,20 +52,18 @@ class ProjectionHead(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, tokens: torch.Tensor, criterion: Criterion | None = None
-    ) -> torch.Tensor | Losses:
-        """(N, D) -> (N, K) logits, or what `criterion` makes of the bottleneck and prototypes.
+    def forward(self, tokens: torch.Tensor, criterion: Criterion | None = None) -> Scores | Losses:
+        """(N, D) -> (N, K) scores, or what `criterion` makes of the bottleneck and prototypes.
 
         The criterion runs in here because the prototypes are whole only inside this module's
-        forward when it is sharded.
+        forward when it is sharded; scores have a copy of them.
         """
         features = functional.normalize(self.mlp(tokens).float(), dim=-1)
         last = self.last_layer
         if criterion is not None:
             return criterion(features, (last.weight_v, last.weight_g))
         weight, _ = normalised(last.weight_v, last.weight_g)
-        return functional.linear(features.to(weight.dtype), weight)
+        return Scores(features, weight.to(product_dtype(weight)))
 
 
 def normalised(weight_v: torch.Tensor, weight_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,20 @@ from torch import nn
 
 from pretrain.distributed import shards_of
 from pretrain.heads import HeadConfig, ProjectionHead
-from pretrain.losses.centering import ALONE, AllReduce, SoftmaxCenter, sinkhorn_knopp
+from pretrain.losses.centering import (
+    ALONE,
+    AllReduce,
+    SoftmaxCenter,
+    Targets,
+    sinkhorn_knopp,
+)
 from pretrain.losses.cross_entropy import Term, soft_cross_entropy
 from pretrain.losses.dino import dino_terms
 from pretrain.losses.ibot import ibot_term
 from pretrain.losses.koleo import koleo_loss
 from pretrain.masking import Masks
 from pretrain.ranges import Count, NotNegative, Positive, Share
+from pretrain.scores import Scores
 from pretrain.vit import Tokens, ViT, ViTConfig
 
 
@@ -40,13 +47,6 @@ class Batch(NamedTuple):
     global_crops: torch.Tensor  # (2B, 3, H, W)
     local_crops: torch.Tensor  # (L B, 3, h, w)
     masks: Masks  # of the global crops
-
-
-class Targets(NamedTuple):
-    """What the teacher says; rows sum to 1."""
-
-    dino: torch.Tensor  # (2B, K) fp32; row i is for the student's global crop i: the other view
-    ibot: torch.Tensor  # (M, K) fp32, the masked patches
 
 
 class StepLosses(NamedTuple):
@@ -94,55 +94,89 @@ class StudentTeacher(nn.Module):
 
     def forward(self, batch: Batch, teacher_temperature: float) -> StepLosses:
         """One step's losses; call `total.backward()` and, after the optimizer, `update_teacher`."""
-        config, masks = self.objective, batch.masks
-        dino_targets, ibot_targets = self.targets(batch, teacher_temperature)
+        config, taught = self.objective, self._taught(batch)
         seen, local = self.student["backbone"](
-            [batch.global_crops, batch.local_crops], [masks.tokens, None], masks.indices
+            [batch.global_crops, batch.local_crops], [batch.masks.tokens, None], batch.masks.indices
         )
-        classes = torch.cat([seen.cls, local.cls])
-        dino = dino_terms(dino_targets, len(local.cls), config.dino_weight)
-        ibot = ibot_term(ibot_targets, masks.weights, len(seen.cls), config.ibot_weight)
-        if "ibot_head" in self.student:
-            ibot_loss, patch = self._cross_entropy("ibot_head", seen.patches, (ibot,))
-            del ibot, ibot_targets  # as large as the other head's prototypes and gradients
-            dino_loss, each = self._cross_entropy("dino_head", classes, dino)
-            cross_entropy, each = dino_loss + ibot_loss, torch.cat([each, patch])
-        else:
-            tokens = torch.cat([classes, seen.patches])
-            cross_entropy, each = self._cross_entropy("dino_head", tokens, (*dino, ibot))
+        images = len(seen.cls) // 2
+        local_by_image = local.cls.unflatten(0, (len(local.cls) // images, images)).transpose(0, 1)
+        own = {"dino": torch.cat([seen.cls, local_by_image.flatten(0, 1)]), "ibot": seen.patches}
         # Each view apart: two views of one image are not to be pushed from each other.
         koleo = torch.stack([koleo_loss(view) for view in seen.cls.chunk(2)]).sum()
-        total = cross_entropy + config.koleo_weight * koleo
-        weights = (config.dino_weight, config.dino_weight, config.ibot_weight)
-        weighted = zip(("dino_global", "dino_local", "ibot"), each.unbind(), weights, strict=True)
-        values = {name: value / weight for name, value, weight in weighted if weight}
-        values["koleo"] = koleo.detach()
-        return StepLosses(total, values | _diagnostics(dino_targets))
+        total, values = config.koleo_weight * koleo, {"koleo": koleo.detach()}
+        weights = {
+            "dino_global": config.dino_weight,
+            "dino_local": config.dino_weight,
+            "ibot": config.ibot_weight,
+        }
+        for head, kinds in self._heads().items():
+            targets = self._targets({kind: taught[kind] for kind in kinds}, teacher_temperature)
+            terms: dict[str, Term] = {}
+            for kind in kinds:
+                terms |= self._terms(kind, targets[kind], batch)
+            tokens = torch.cat([own[kind] for kind in kinds])
+            loss, each = self._cross_entropy(head, tokens, tuple(terms.values()))
+            total = total + loss
+            sums = zip(terms, each.unbind(), strict=True)
+            values |= {name: value / weights[name] for name, value in sums if weights[name]}
+            if "dino" in kinds:
+                values |= _diagnostics(targets["dino"])
+            del targets, terms  # with the teacher's prototypes, before the next head's are made
+        return StepLosses(total, values)
+
+    def targets(self, batch: Batch, temperature: float) -> dict[str, Targets]:
+        """What the teacher says, of `dino` (2B rows) and `ibot` (M rows, the masked patches).
+
+        Row i of `dino` is for the student's global crop i: the other view of its image.
+        """
+        return self._targets(self._taught(batch), temperature)
+
+    def _heads(self) -> dict[str, tuple[str, ...]]:
+        """What the tokens that a head sees are compared for."""
+        if "ibot_head" in self.student:
+            return {"ibot_head": ("ibot",), "dino_head": ("dino",)}
+        return {"dino_head": ("dino", "ibot")}
+
+    def _terms(self, kind: str, targets: Targets, batch: Batch) -> dict[str, Term]:
+        """The losses of a kind, by name."""
+        config, crops = self.objective, len(batch.global_crops)
+        if kind == "ibot":
+            return {"ibot": ibot_term(targets, batch.masks.weights, crops, config.ibot_weight)}
+        both = dino_terms(targets, len(batch.local_crops), config.dino_weight)
+        return dict(zip(("dino_global", "dino_local"), both, strict=True))
 
     @torch.no_grad()
-    def targets(self, batch: Batch, temperature: float) -> Targets:
-        """What the teacher sees in the whole global crops, centred."""
+    def _taught(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The teacher's tokens of whole global crops by what they are compared for."""
         seen: Tokens
-        teacher = self.teacher if self.frozen is None else self.frozen
-        (seen,) = teacher["backbone"]([batch.global_crops], patches=batch.masks.indices)
-        first, second = seen.cls.chunk(2)
-        classes = torch.cat([second, first])  # so that each view meets the other one
-        patches = seen.patches
-        if "ibot_head" in teacher:
-            dino, ibot = teacher["dino_head"](classes), teacher["ibot_head"](patches)
-        else:
-            both = teacher["dino_head"](torch.cat([classes, patches]))
-            dino, ibot = both.split([len(classes), len(patches)])
-        return Targets(
-            self._center("dino", dino, temperature), self._center("ibot", ibot, temperature)
-        )
+        (seen,) = self._teacher["backbone"]([batch.global_crops], patches=batch.masks.indices)
+        first, second = seen.cls.chunk(2)  # each view meets the other one
+        return {"dino": torch.cat([second, first]), "ibot": seen.patches}
 
-    def _center(self, name: str, logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    @torch.no_grad()
+    def _targets(self, taught: dict[str, torch.Tensor], temperature: float) -> dict[str, Targets]:
+        teacher = self._teacher
+        heads = {kind: f"{kind}_head" for kind in taught if f"{kind}_head" in teacher}
+        if len(heads) == len(taught):
+            scores = [teacher[heads[kind]](tokens) for kind, tokens in taught.items()]
+        else:  # it has one for both
+            tokens = list(taught.values())
+            scores = teacher["dino_head"](torch.cat(tokens)).split([len(part) for part in tokens])
+        return {
+            kind: self._center(kind, one, temperature)
+            for kind, one in zip(taught, scores, strict=True)
+        }
+
+    @property
+    def _teacher(self) -> nn.ModuleDict:
+        return self.teacher if self.frozen is None else self.frozen
+
+    def _center(self, kind: str, scores: Scores, temperature: float) -> Targets:
         if self.objective.centering == "softmax":
-            targets: torch.Tensor = self.centers[name](logits, temperature, self.reduce)
+            targets: Targets = self.centers[kind](scores, temperature, self.reduce)
             return targets
         iterations = self.objective.sinkhorn_iterations
-        return sinkhorn_knopp(logits, temperature, iterations, self.reduce)
+        return sinkhorn_knopp(scores, temperature, iterations, self.reduce)
 
     def _cross_entropy(
         self, head: str, tokens: torch.Tensor, terms: tuple[Term, ...]
@@ -185,11 +219,17 @@ def _networks(
     return nn.ModuleDict(networks)
 
 
-def _diagnostics(targets: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of (2B, K) targets of the class tokens: collapse shows in both, long before in the loss."""
+@torch.no_grad()
+def _diagnostics(targets: Targets) -> dict[str, torch.Tensor]:
+    """Of those of the class tokens: collapse shows in both, long before in the loss."""
+    entropies, likeliest = [], []
+    for start, stop in targets.scores.chunks():
+        rows = targets.rows(start, stop)
+        likeliest.append(rows.argmax(dim=1))
+        entropies.append(torch.special.entr(rows).sum(dim=1))
     return {
-        "teacher_entropy": torch.special.entr(targets).sum(dim=1).mean(),  # nats
-        "prototype_usage": _distinct(targets.argmax(dim=1)) / len(targets),
+        "teacher_entropy": torch.cat(entropies).mean(),  # nats
+        "prototype_usage": _distinct(torch.cat(likeliest)) / len(targets),
     }
 
 

@@ -8,10 +8,13 @@ tensors and copy no more than they must; resizing the position embedding is left
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 State = dict[str, torch.Tensor]
+HEADS = ("dino_head.", "ibot_head.")  # in a training checkpoint
 
 # (transformers, official); attention's query, key and value are one matrix here.
 _TRANSFORMERS = (
@@ -27,6 +30,20 @@ _TRANSFORMERS = (
     ("layernorm.", "norm."),
 )
 _QKV = ("query", "key", "value")
+
+
+def read(path: Path) -> State:
+    """A safetensors file, or a torch file that may hold the state among others, in fp32.
+
+    Raises OSError, and what those libraries raise for a file of another kind.
+    """
+    if path.suffix == ".safetensors":
+        return {name: value.float() for name, value in load_file(path).items()}
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    return {name: value.float() for name, value in found.items()}
 
 
 def to_official(state: Mapping[str, torch.Tensor]) -> State:
@@ -45,7 +62,10 @@ def to_official(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def from_timm(state: Mapping[str, torch.Tensor]) -> State:
-    """timm's names; it has no mask token (zeros) and adds the class token's position to it."""
+    """timm's names; it has no mask token (zeros) and adds the class token's position to it.
+
+    Models without LayerScale are those whose factors are 1.
+    """
     out: State = {}
     for name, value in backbone_of(state).items():
         if ".mlp.fc1_x." in name:
@@ -64,6 +84,9 @@ def from_timm(state: Mapping[str, torch.Tensor]) -> State:
         cls_position = torch.zeros_like(out["cls_token"])
         out["pos_embed"] = torch.cat([cls_position, out["pos_embed"]], dim=1)
     out["mask_token"] = torch.zeros_like(out["cls_token"][0])
+    for name in [name for name in out if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", name)]:
+        factors = re.sub(r"norm([12])\.weight", r"ls\1.gamma", name)
+        out.setdefault(factors, torch.ones_like(out[name]))
     return out
 
 
@@ -118,13 +141,26 @@ def to_transformers(state: Mapping[str, torch.Tensor]) -> State:
 
 def backbone_of(state: Mapping[str, torch.Tensor]) -> State:
     """Without prefixes, heads and the chunks of blocks that FSDP checkpoints were named by."""
-    inner = {re.sub(r"^(module\.|teacher\.|student\.)*", "", name): v for name, v in state.items()}
+    inner = _of_one_network(state)
     if any(name.startswith("backbone.") for name in inner):
         inner = {
             n.removeprefix("backbone."): v for n, v in inner.items() if n.startswith("backbone.")
         }
     kept = {n: v for n, v in inner.items() if not n.startswith(("head.", "fc_norm."))}
     return {re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", name): v for name, v in kept.items()}
+
+
+def heads_of(state: Mapping[str, torch.Tensor]) -> State:
+    """`dino_head.*` and maybe `ibot_head.*` of a training checkpoint; nothing of other files."""
+    return {n: v for n, v in _of_one_network(state).items() if n.startswith(HEADS)}
+
+
+def _of_one_network(state: Mapping[str, torch.Tensor]) -> State:
+    """Without prefixes; of a teacher and its student the teacher."""
+    names = list(state)
+    if any(re.match(r"(module\.)*teacher\.", name) for name in names):
+        names = [name for name in names if not re.match(r"(module\.)*student\.", name)]
+    return {re.sub(r"^(module\.|teacher\.|student\.)*", "", name): state[name] for name in names}
 
 
 def _timm_is_gated(state: Mapping[str, torch.Tensor]) -> bool:

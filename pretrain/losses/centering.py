@@ -1,10 +1,19 @@
-"""Teacher scores -> targets: Sinkhorn-Knopp, or softmax after subtracting a running centre."""
+"""Teacher scores -> targets: Sinkhorn-Knopp, or softmax after subtracting a running centre.
+
+Both balance the prototypes by one number each, which is added to the scores / temperature of every
+row; the softmax of the sum is the target. So only (K,) offsets need be kept, and targets are made
+for the rows that a chunk of the cross-entropy wants. Those of few scores are kept.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+
+from pretrain.scores import Scores
+
+TINY, LOWEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min
 
 
 def _alone(value: torch.Tensor) -> torch.Tensor:
@@ -22,32 +31,90 @@ class AllReduce:
 ALONE = AllReduce()
 
 
+@dataclass(frozen=True)
+class Targets:
+    """(M, K) targets, made when they are asked for unless they are few; rows sum to 1."""
+
+    scores: Scores
+    temperature: float
+    offsets: torch.Tensor  # (K,) fp32
+    kept: torch.Tensor | None = None  # (M, K) fp32
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @torch.no_grad()
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """(stop - start, K) fp32, not to be written into."""
+        if self.kept is not None:
+            return self.kept[start:stop]
+        scores = self.scores.rows(start, stop, self.temperature)
+        return torch.softmax(scores.add_(self.offsets), dim=1)
+
+
 @torch.no_grad()
 def sinkhorn_knopp(
-    logits: torch.Tensor, temperature: float, iterations: int = 3, reduce: AllReduce = ALONE
-) -> torch.Tensor:
-    """(M, K) scores of this rank, overwritten -> (M, K) fp32 targets whose rows sum to 1.
+    scores: Scores, temperature: float, iterations: int = 3, reduce: AllReduce = ALONE
+) -> Targets:
+    """DINOv2's Sinkhorn-Knopp over the rows of all ranks, which may have unlike numbers, also none.
 
-    DINOv2's Sinkhorn-Knopp over the rows of all ranks; they may have unlike numbers of rows, also
-    none. The matrix is never rewritten between iterations: it is diag(rows) E diag(columns), and
-    only the two vectors change. The masses that the paper divides by (number of prototypes, number
-    of rows of all ranks) scale everything alike and cancel, so they are left out. E is the
-    softmax, so that no score overflows; what it took from a row is given back in `rows`.
+    E = exp(scores / temperature) is to become diag(rows) E diag(columns), with rows that sum to 1
+    and columns of equal sums. The masses that the paper divides by (number of prototypes, number
+    of rows of all ranks) scale everything alike and cancel, so they are left out. Ranks with few
+    scores and with many say the same to each other: what each column's mass has become.
     """
-    with torch.autocast(logits.device.type, enabled=False):
-        scores = logits.float().div_(temperature)
-        exponentials = torch.softmax(scores, dim=1)
-        # log sum exp by row, from the largest entry: log p = score - lse
-        lse = scores.amax(dim=1) - exponentials.amax(dim=1).log()
-        del scores
-        top = torch.cat([lse, lse.new_full((1,), -torch.inf)]).max()
-        rows = (lse - reduce.max(top)).exp()
-        tiny = torch.finfo(torch.float32).tiny
-        for _ in range(iterations):
-            mass = reduce.sum(rows @ exponentials)  # (K,) of each prototype
-            columns = mass.clamp_(min=tiny).reciprocal_()
-            rows = (exponentials @ columns).clamp_(min=tiny).reciprocal_()
-        return exponentials.mul_(columns).mul_(rows[:, None])
+    with torch.autocast(scores.features.device.type, enabled=False):
+        balance = _balance_few if scores.few else _balance
+        return balance(scores, temperature, iterations, reduce)
+
+
+def _balance(scores: Scores, temperature: float, iterations: int, reduce: AllReduce) -> Targets:
+    """Remembers masses of columns only: an iteration ends with rows that sum to 1, a softmax."""
+    mass = _first_mass(scores, temperature, reduce)
+    for _ in range(iterations - 1):
+        offsets, after = -mass.log(), torch.zeros_like(mass)
+        for part in scores.parts(temperature):
+            rows = torch.softmax(part.add_(offsets), dim=1)
+            after += rows.new_ones(len(rows)) @ rows
+        mass = reduce.sum(after.mul_(mass)).clamp_(min=TINY)
+    return Targets(scores, temperature, -mass.log())
+
+
+def _balance_few(scores: Scores, temperature: float, iterations: int, reduce: AllReduce) -> Targets:
+    """With E in memory, which is never rewritten: only the two vectors change."""
+    logits = scores.rows(0, len(scores), temperature)
+    exponentials = torch.softmax(logits, dim=1)
+    lse = _log_sum_exp(logits, exponentials)
+    del logits
+    top = reduce.max(torch.cat([lse, lse.new_full((1,), LOWEST)]).max())
+    rows = (lse - top).exp_()
+    for _ in range(iterations):
+        columns = reduce.sum(rows @ exponentials).clamp_(min=TINY).reciprocal_()
+        rows = (exponentials @ columns).clamp_(min=TINY).reciprocal_()
+    kept = exponentials.mul_(columns).mul_(rows[:, None])
+    return Targets(scores.size_only(), temperature, columns.log(), kept)
+
+
+def _first_mass(scores: Scores, temperature: float, reduce: AllReduce) -> torch.Tensor:
+    """(K,) sums of exp(scores / temperature) over all rows of all ranks, but for a factor.
+
+    By softmax, so that no score overflows; what it takes from a row is given back in its weight.
+    """
+    top = scores.features.new_tensor(LOWEST)
+    mass = scores.features.new_zeros(len(scores.prototypes))
+    for part in scores.parts(temperature):
+        rows = torch.softmax(part, dim=1)
+        lse = _log_sum_exp(part, rows)
+        higher = torch.maximum(top, lse.max())
+        mass = mass * (top - higher).exp() + (lse - higher).exp() @ rows
+        top = higher
+    highest = reduce.max(top.clone())
+    return reduce.sum(mass * (top - highest).exp()).clamp_(min=TINY)
+
+
+def _log_sum_exp(logits: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
+    """(M,) by row, from the largest logit and the largest of their softmax: log p = logit - lse."""
+    return logits.amax(dim=1) - exponentials.amax(dim=1).log()
 
 
 class SoftmaxCenter(nn.Module):
@@ -61,16 +128,16 @@ class SoftmaxCenter(nn.Module):
         self.register_buffer("center", torch.zeros(prototypes))
 
     @torch.no_grad()
-    def forward(
-        self, logits: torch.Tensor, temperature: float, reduce: AllReduce = ALONE
-    ) -> torch.Tensor:
-        """(M, K) scores -> (M, K) fp32 targets; then the centre takes these scores in.
+    def forward(self, scores: Scores, temperature: float, reduce: AllReduce = ALONE) -> Targets:
+        """Targets of scores, which the centre then takes in.
 
         The mean is over the rows of all ranks, so that their number makes no difference.
         """
-        logits = logits.float()
-        targets = torch.softmax((logits - self.center).div_(temperature), dim=1)
-        total = torch.cat([logits.sum(dim=0), logits.new_tensor([len(logits)])])
+        targets = Targets(scores, temperature, self.center / -temperature)
+        if scores.few:
+            kept = targets.rows(0, len(scores))
+            targets = replace(targets, scores=scores.size_only(), kept=kept)
+        total = torch.cat([scores.sum(), self.center.new_tensor([len(scores)])])
         total = reduce.sum(total)
         self.center.lerp_(total[:-1] / total[-1].clamp(min=1), 1 - self.momentum)
         return targets

@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pretrain.heads import normalised
+from pretrain.scores import CHUNK_BYTES, chunk_rows, chunks, product_dtype
 
-CHUNK_BYTES = 48 << 20  # of fp32 logits: small beside a step's activations, large beside a cache
 BLOCK = 16_384  # prototypes
 HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
 HALF_ROWS = 256
@@ -45,7 +45,7 @@ def soft_cross_entropy(
     a weight-normalised layer. Softmax and sums in fp32; products in the autocast dtype, else in
     v's. Gradients exist before backward is called, and are those of the sum.
     """
-    rows = max(1, chunk_bytes // (4 * prototypes[0].shape[0]))
+    rows = chunk_rows(len(prototypes[0]), chunk_bytes)
     losses: Losses = _SoftCrossEntropy.apply(features, *prototypes, tuple(terms), temperature, rows)
     return losses
 
@@ -61,11 +61,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         temperature: float,
         rows: int,
     ) -> Losses:
-        device = features.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        with torch.autocast(device, enabled=False):
+        dtype = product_dtype(weight_v)
+        with torch.autocast(features.device.type, enabled=False):
             weight, length = normalised(weight_v, weight_g)
-            work = _Accumulator(features, weight.to(dtype or weight.dtype), temperature, rows)
+            work = _Accumulator(features, weight.to(dtype), temperature, rows)
             losses = torch.stack([work.add(term) for term in terms])
             by_g = _through_norm(work.by_weight, weight_v, weight_g, length)
         ctx.save_for_backward(work.by_features, work.by_weight, by_g)
@@ -99,13 +98,10 @@ class _Accumulator:
 
     def add(self, term: Term) -> torch.Tensor:
         """The term's loss, a scalar."""
-        count = len(term.weights)
         total = term.weights.new_zeros(())
-        chunks = -(-count // self.rows)
-        for chunk in range(chunks):  # of like sizes
-            start, stop = count * chunk // chunks, count * (chunk + 1) // chunks
+        for start, stop in chunks(len(term.weights), self.rows):
             total += self._chunk(term, start, stop)
-        self.done += count
+        self.done += len(term.weights)
         return total
 
     def _chunk(self, term: Term, start: int, stop: int) -> torch.Tensor:

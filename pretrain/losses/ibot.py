@@ -2,19 +2,14 @@
 
 import torch
 
+from pretrain.losses.centering import Targets
 from pretrain.losses.cross_entropy import Term
 
 
-def ibot_term(
-    targets: torch.Tensor, masks_weight: torch.Tensor, images: int, weight: float
-) -> Term:
-    """targets (M, K), masks_weight (M,) = 1 / masked patches of the row's image.
+def ibot_term(targets: Targets, masks_weight: torch.Tensor, images: int, weight: float) -> Term:
+    """M targets, masks_weight (M,) = 1 / masked patches of the row's image.
 
     Mean over the masked patches of an image, then over all `images` = 2B global crops: one without
     a mask counts as zero.
     """
-
-    def of_patches(start: int, stop: int) -> torch.Tensor:
-        return targets[start:stop]
-
-    return Term(of_patches, masks_weight.float() * (weight / images))
+    return Term(targets.rows, masks_weight.float() * (weight / images))

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain import scores
 from pretrain.heads import HeadConfig
-from pretrain.masking import MaskingConfig, draw_masks
+from pretrain.masking import MaskingConfig, draw_masks, hide_nothing
 from pretrain.param_groups import adamw, param_groups, set_rates
+from pretrain.scores import CHUNK_BYTES
 from pretrain.student_teacher import Batch, ObjectiveConfig, StudentTeacher, clip_gradients
 from pretrain.vit import ViTConfig
 
@@ -191,3 +194,37 @@ def test_networks_are_modules_by_the_official_names() -> None:
     assert isinstance(model().student, nn.ModuleDict)
     names = set(model().student.state_dict())
     assert {"dino_head.mlp.4.bias", "ibot_head.last_layer.weight_g", "backbone.norm.bias"} <= names
+
+
+class Largest(TorchDispatchMode):
+    """The largest fp32 result of any operation, forward and backward, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+                self.bytes = max(self.bytes, value.numel() * 4)
+        return out
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "softmax"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_scores_of_all_tokens_never_stand_whole(
+    precision: torch.dtype, centering: str, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,136 patches, as a distillation compares them all, with 8,192 prototypes: 98 MiB in fp32."""
+    monkeypatch.setattr(scores, "KEPT_BYTES", CHUNK_BYTES)
+    head = HeadConfig(prototypes=8192, hidden=16, bottleneck=8)
+    objective = ObjectiveConfig(head, None if shared else head, centering)
+    made = model(objective, replace(VIT, width=16, patch_size=6))
+    masks = hide_nothing(2 * IMAGES, 14)
+    masks = masks._replace(indices=masks.indices.repeat(2), weights=masks.weights.repeat(2))
+    with torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16), Largest() as largest:
+        made(batch()._replace(masks=masks), 0.04).total.backward()
+    whole = 4 * 8192 * len(masks.indices)
+    assert CHUNK_BYTES / 2 < largest.bytes <= CHUNK_BYTES < whole

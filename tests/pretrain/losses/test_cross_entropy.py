@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pretrain.losses.centering import Targets
 from pretrain.losses.cross_entropy import Term, soft_cross_entropy
 from pretrain.losses.dino import dino_terms
 from pretrain.losses.ibot import ibot_term
+from pretrain.scores import Scores
 
 PROTOTYPES, WIDTH, IMAGES, LOCALS, MASKED = 40, 6, 3, 4, 11
 TEMPERATURE = 0.1
@@ -32,7 +34,7 @@ def case(
 def oracle(
     inputs: list[torch.Tensor], dino: torch.Tensor, ibot: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """(3,) losses: every pair of crops for itself."""
+    """(3,) losses: every pair of crops for itself. Local crops lie image by image."""
     features, v, g = inputs
     logits = features @ (g * v / v.norm(dim=1, keepdim=True)).T / TEMPERATURE
     log_p = logits.log_softmax(dim=1)
@@ -41,7 +43,7 @@ def oracle(
     by_global = -(dino * whole).sum(dim=1).mean() * 2
     by_local = sum(
         -(target * crop).sum(dim=1).mean()
-        for crop in local.chunk(LOCALS)
+        for crop in local.unflatten(0, (IMAGES, LOCALS)).unbind(dim=1)
         for target in dino.chunk(2)
     )
     by_patch = -((ibot * patches).sum(dim=1) * weights).sum() / (2 * IMAGES)
@@ -49,8 +51,14 @@ def oracle(
 
 
 def terms(dino: torch.Tensor, ibot: torch.Tensor, weights: torch.Tensor) -> tuple[Term, ...]:
-    of_classes = dino_terms(dino.float(), LOCALS * IMAGES, 1.0)
-    return (*of_classes, ibot_term(ibot.float(), weights, 2 * IMAGES, 0.5))
+    of_classes = dino_terms(given(dino.float()), LOCALS * IMAGES, 1.0)
+    return (*of_classes, ibot_term(given(ibot.float()), weights, 2 * IMAGES, 0.5))
+
+
+def given(probabilities: torch.Tensor) -> Targets:
+    """Targets that are just these."""
+    nothing = torch.zeros(PROTOTYPES)
+    return Targets(Scores(probabilities.log(), torch.eye(PROTOTYPES)), 1.0, nothing)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
@@ -93,7 +101,7 @@ def test_low_precision_products_come_near(dtype: torch.dtype) -> None:
 def test_a_rank_without_masked_patches_takes_part() -> None:
     features = torch.zeros(0, WIDTH, requires_grad=True)
     v, g = random(PROTOTYPES, WIDTH, seed=1).float().requires_grad_(), torch.ones(PROTOTYPES, 1)
-    nothing = ibot_term(torch.zeros(0, PROTOTYPES), torch.zeros(0), 6, 1.0)
+    nothing = ibot_term(given(torch.zeros(0, PROTOTYPES)), torch.zeros(0), 6, 1.0)
     total, each = soft_cross_entropy(features, (v, g), [nothing], TEMPERATURE)
     total.backward()
     assert total.item() == 0

@@ -1,0 +1,89 @@
+"""Scores of prototypes, (tokens, K), which are held whole only where they are few.
+
+With 131,072 prototypes they would be the largest tensor of a step, of a distillation that compares
+all patches many times over. Features and prototypes are kept in their place, and whoever wants
+scores makes those of some rows: more products, and memory that no batch makes larger.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+CHUNK_BYTES = 48 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
+KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
+
+
+def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of as few parts as have at most so many rows; all of like sizes."""
+    count = -(-rows // most)
+    for part in range(count):
+        yield rows * part // count, rows * (part + 1) // count
+
+
+def chunk_rows(prototypes: int, chunk_bytes: int) -> int:
+    """How many rows of fp32 scores are a chunk."""
+    return max(1, chunk_bytes // (4 * prototypes))
+
+
+def product_dtype(weight: torch.Tensor) -> torch.dtype:
+    """The autocast dtype where there is one, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What M tokens have in common with K prototypes: features @ prototypes.T, row by row."""
+
+    features: torch.Tensor  # (M, d) fp32
+    prototypes: torch.Tensor  # (K, d), in the dtype of the products
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def few(self) -> bool:
+        """Whether all may be held at once."""
+        return 4 * len(self.features) * len(self.prototypes) <= KEPT_BYTES
+
+    def size_only(self) -> "Scores":
+        """Without what they are made of."""
+        count, prototypes = len(self.features), len(self.prototypes)
+        return Scores(self.features.new_empty(count, 0), self.prototypes.new_empty(prototypes, 0))
+
+    def split(self, sizes: list[int]) -> list["Scores"]:
+        parts: tuple[torch.Tensor, ...] = torch.split(self.features, sizes)
+        return [Scores(part, self.prototypes) for part in parts]
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of all rows."""
+        return chunks(len(self), chunk_rows(len(self.prototypes), CHUNK_BYTES))
+
+    def rows(
+        self, start: int, stop: int, temperature: float = 1.0, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(stop - start, K) fp32 scores / temperature; in the first rows of `out`, if given."""
+        place = None if out is None else out[: stop - start]
+        scaled = (self.features[start:stop] / temperature).to(self.prototypes.dtype)
+        with torch.autocast(scaled.device.type, enabled=False):
+            if scaled.dtype == torch.float32:
+                return torch.mm(scaled, self.prototypes.T, out=place)
+            low = scaled @ self.prototypes.T
+            return low.float() if place is None else place.copy_(low)
+
+    def parts(self, temperature: float) -> Iterator[torch.Tensor]:
+        """(n, K) fp32 of all rows in turn; each lies where the one before it lay.
+
+        A chunk is so large that the system would clear new memory for each.
+        """
+        places = list(self.chunks())
+        most = max((stop - start for start, stop in places), default=0)
+        buffer = self.features.new_empty(most, len(self.prototypes), dtype=torch.float32)
+        for start, stop in places:
+            yield self.rows(start, stop, temperature, buffer)
+
+    def sum(self) -> torch.Tensor:
+        """(K,) fp32: of each prototype over all rows."""
+        with torch.autocast(self.features.device.type, enabled=False):
+            return self.prototypes.float() @ self.features.sum(dim=0)
