@@ -186,7 +186,12 @@ def shipped() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in files)
 
 
-def load(name: str, settings: Sequence[str] = (), below: Mapping[str, Any] | None = None) -> Config:
+def load(
+    name: str,
+    settings: Sequence[str] = (),
+    below: Mapping[str, Any] | None = None,
+    flag: str = "--config",
+) -> Config:
     """A shipped config by name, or a YAML file; `settings` are `a.b=value`, and win.
 
     `below`: the config of the run that this one begins from, whose values stand where neither says
@@ -194,7 +199,7 @@ def load(name: str, settings: Sequence[str] = (), below: Mapping[str, Any] | Non
     """
     # Else one setting of the objective would replace both heads of the default.
     default = {"objective": dataclasses.asdict(Config().objective)}
-    return with_settings(_merged(_merged(default, below or {}), _read(name)), settings, name)
+    return with_settings(_merged(_merged(default, below or {}), _read(name, flag)), settings, name)
 
 
 def with_settings(given: Mapping[str, Any], settings: Sequence[str], where: str) -> Config:
@@ -256,18 +261,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _read(name: str) -> dict[str, Any]:
+def _read(name: str, flag: str) -> dict[str, Any]:
     if name in shipped():
         text = resources.files("pretrain").joinpath(f"configs/{name}.yaml").read_text()
     elif name.endswith((".yaml", ".yml")) or Path(name).exists():
         try:
             text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--config {name}: can't be read: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{flag} {name}: can't be read: {why}") from None
     else:
         near = get_close_matches(name, shipped(), 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"--config {name}: no YAML file, nor one of {', '.join(shipped())}{hint}")
+        raise UserError(f"{flag} {name}: no YAML file, nor one of {', '.join(shipped())}{hint}")
     found = _yaml(text, name) or {}
     if not isinstance(found, dict):
         raise UserError(f"{name}: wanted sections such as `model:`, found {found!r:.60}")
@@ -305,6 +311,8 @@ def _fault(one: Any) -> str:
         return f"{dotted}: no such setting" + (f"; did you mean {near[0]}?" if near else "")
     if one["type"] == "value_error":
         return str(one["ctx"]["error"])
+    if one["type"] == "dataclass_type":
+        return f"{dotted} {one['input']!r:.60}: wanted settings such as `{dotted}: {{…}}`"
     if one["type"] == "missing":
         return f"{dotted}: is missing"
     return f"{dotted} {one['input']!r}: {one['msg'][0].lower()}{one['msg'][1:]}"

@@ -40,7 +40,8 @@ def read_config(run: Path) -> Config:
     try:
         return parse(yaml.safe_load((run / checkpoint.CONFIG).read_text()), str(run))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{run / checkpoint.CONFIG}: can't be read: {error}") from None
+        why = " ".join(str(error).split())
+        raise UserError(f"{run / checkpoint.CONFIG}: can't be read: {why}") from None
 
 
 def export(run: Path, kind: Format, out: Path) -> Path:

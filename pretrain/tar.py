@@ -45,16 +45,21 @@ def _sum(half: bytes) -> int:
     return (adler32(half) & 0xFFFF) - 1
 
 
+def _octal(field: bytes) -> int:
+    try:
+        return int(field.strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise ValueError("a field is no octal number") from None
+
+
 def parse_header(block: bytes) -> Header:
     """A (512,) header of ustar, GNU or old tar. Errors: ValueError when it is none."""
     # The sum of all bytes, with the field of the sum itself taken as blanks.
     summed = _sum(block[:256]) + _sum(block[256:]) - sum(block[148:156]) + 8 * 32
-    if summed != int(block[148:156].strip(b"\0 ") or b"0", 8):
+    if summed != _octal(block[148:156]):
         raise ValueError("its checksum is wrong")
-    if block[124] & 0x80:  # base 256, for 8 GiB and more
-        size = int.from_bytes(block[125:136], "big")
-    else:
-        size = int(block[124:136].strip(b"\0 ") or b"0", 8)
+    large = block[124] & 0x80  # base 256, for 8 GiB and more
+    size = int.from_bytes(block[125:136], "big") if large else _octal(block[124:136])
     name = block[:100].rstrip(b"\0")
     if block[257:263] == b"ustar\0" and block[345]:
         name = block[345:500].rstrip(b"\0") + b"/" + name
