@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from pretrain import distributed
 from pretrain.errors import UserError
@@ -139,6 +139,18 @@ class Writer:
                 shutil.rmtree(old)
 
 
+def save_weights(path: Path, model: StudentTeacher, iteration: int) -> None:
+    """A checkpoint without an optimizer, at once; all ranks call it. Errors: UserError."""
+    partial = path.with_suffix(".partial")
+    try:
+        save(_state(model, None), checkpoint_id=partial, no_dist=distributed.world_size() == 1)
+        if distributed.rank() == 0:
+            (partial / PROGRESS).write_text(json.dumps(Progress(iteration, {}, {}).__dict__))
+            os.replace(partial, path)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        raise _not_written(partial, error) from None
+
+
 def _not_written(partial: Path, error: BaseException) -> UserError:
     """The last good checkpoint is untouched."""
     shutil.rmtree(partial, ignore_errors=True)
@@ -146,7 +158,7 @@ def _not_written(partial: Path, error: BaseException) -> UserError:
 
 
 def _why(error: BaseException) -> str:
-    """The first line of what the first rank that failed says."""
+    """The first sentence of what the first rank that failed says."""
     cause: BaseException | None = error
     while cause and not isinstance(cause, OSError):
         failures = getattr(cause, "failures", {})
@@ -154,7 +166,8 @@ def _why(error: BaseException) -> str:
         if deeper is None:
             break
         cause = deeper
-    return str(cause or error).strip().split("\n")[0] or type(cause or error).__name__
+    first = str(cause or error).strip().split("\n")[0].split(". ")[0]
+    return first or type(cause or error).__name__
 
 
 def read(

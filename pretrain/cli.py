@@ -12,6 +12,7 @@ from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from pretrain.config import Config
+    from pretrain.train import Begin
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,16 +38,21 @@ def _train(
 ) -> None:
     from pretrain import checkpoint, export
     from pretrain.config import load
+    from pretrain.train import Begin
 
     if resume and checkpoint.folders(out):
         _resume(out, settings)
         return
-    below, weights = None, None
-    if init is not None:
-        weights = checkpoint.latest(init)
+    below, begin = None, Begin()
+    if init is not None and not init.exists():
+        raise UserError(f"--init {init}: no such file of weights, nor folder of a run")
+    if init is not None and init.is_file():
+        begin = Begin(weights=init)
+    elif init is not None:
+        begin = Begin(checkpoint=checkpoint.latest(init))
         below = export.read_config(init).model_dump(mode="json")
         del below["distill"]  # a phase of its own, whose teacher may be gone
-    _begin(load(config, [*settings, _setting("data.shards", shards)], below), out, weights)
+    _begin(load(config, [*settings, _setting("data.shards", shards)], below), out, begin)
 
 
 def _distill(
@@ -54,6 +60,7 @@ def _distill(
 ) -> None:
     from pretrain import checkpoint, export
     from pretrain.config import load, shipped
+    from pretrain.train import Begin
 
     given: dict[str, Any] = {"distill.teacher": teacher, "distill.weights": weights}
     below = None
@@ -65,25 +72,31 @@ def _distill(
     given["data.shards"] = shards
     settings = [*settings, *(_setting(path, value) for path, value in given.items())]
     name = f"distill_{student}"
-    _begin(load(name if name in shipped() else student, settings, below), out, None)
+    chosen = load(name if name in shipped() else student, settings, below, "--student")
+    _begin(chosen, out, Begin())
 
 
 def _setting(path: str, value: Any) -> str:
     return f"{path}={json.dumps(value)}"
 
 
-def _begin(chosen: "Config", out: Path, weights: Path | None) -> None:
+def _begin(chosen: "Config", out: Path, begin: "Begin") -> None:
     """A new run, also in the place of one that has no checkpoint yet."""
     from pretrain import checkpoint
     from pretrain.shards import open_source
-    from pretrain.train import Begin, train
+    from pretrain.train import train
 
     if checkpoint.folders(out):
         raise UserError(f"--out {out}: holds a run; `pretrain resume {out}`, or another folder")
     _warn(chosen.warnings(int(os.environ.get("WORLD_SIZE", "1"))))
     source = open_source(chosen.data.shards, check=_is_first_rank())
+    if (images := int(source.counts.sum())) < chosen.schedule.batch:
+        fewer = f"{images} images in all, schedule.batch {chosen.schedule.batch}"
+        _warn(
+            [f"{source.uri}: {fewer}: a batch will hold copies, from which features can't spread"]
+        )
     out.mkdir(parents=True, exist_ok=True)
-    train(chosen, source, out, Begin(weights=weights))
+    train(chosen, source, out, begin)
 
 
 def _resume(run: Path, settings: list[str]) -> None:
@@ -110,6 +123,13 @@ def _export(run: Path, kind: Any, out: Path) -> None:
     print(export(run, kind, out))
 
 
+def _replay(file: Path, settings: list[str]) -> None:
+    from pretrain.replay import replay
+
+    for line in replay(file, settings):
+        print(line)
+
+
 def _doctor() -> None:
     from pretrain.doctor import doctor
 
@@ -131,6 +151,7 @@ _COMMANDS: dict[str, Any] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "export": _export,
+    "replay": _replay,
     "doctor": _doctor,
     "demo-encoder": _shipped("demo-encoder"),
     "copy-descriptor": _shipped("copy-descriptor"),
@@ -157,7 +178,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", required=True, help=f"a YAML file, or one of {', '.join(shipped())}"
     )
-    train.add_argument("--init", type=Path, metavar="RUN", help="begin with the weights of a run")
+    train.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN|FILE",
+        help="begin with the weights of a run, or of a file of DINOv2, timm or transformers",
+    )
     again = "go on where --out has a checkpoint, else begin: for jobs that are started again"
     train.add_argument("--resume", action="store_true", help=again)
     distill = commands.add_parser("distill", help="train a small student of a frozen teacher")
@@ -179,7 +205,11 @@ def _parser() -> argparse.ArgumentParser:
             "--shards", required=True, help="folder or s3://bucket/prefix: shards, tars or images"
         )
         one.add_argument("--out", type=Path, required=True, help="folder of the run")
-    for one in (train, distill, resume):
+    replay = commands.add_parser(
+        "replay", help="repeat a step that was not finite, and tell where it stops being so"
+    )
+    replay.add_argument("file", type=Path, metavar="FILE", help="of a run's folder replay/")
+    for one in (train, distill, resume, replay):
         one.add_argument(
             "--set",
             dest="settings",

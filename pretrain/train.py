@@ -5,20 +5,21 @@ drawn by (seed, iteration, batch of the step), so that a resumed run goes on as 
 """
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pretrain import checkpoint, distributed, precision
+from pretrain import checkpoint, distributed, precision, skipped
 from pretrain.checkpoint import Progress
 from pretrain.collate import Batch as Crops
 from pretrain.collate import normalise
 from pretrain.config import Config, to_yaml
-from pretrain.crops import GLOBAL_CROPS
 from pretrain.errors import UserError
 from pretrain.frozen import Anchors, blocks_of, fill_anchors, load_teacher
+from pretrain.initial import begin_with
 from pretrain.masking import draw_masks, hide_nothing
 from pretrain.param_groups import adamw, param_groups, set_rates
 from pretrain.samples import Source
@@ -37,7 +38,8 @@ LEAST_SCALE = 1.0  # of the fp16 loss: gradients that overflow even so are not f
 class Begin:
     """Where a run begins: anew, from the weights of another run, or where it was stopped."""
 
-    weights: Path | None = None  # a checkpoint
+    weights: Path | None = None  # a file of them, in official, timm's or transformers' names
+    checkpoint: Path | None = None  # of another run
     resumed: Path | None = None  # a checkpoint of this run
 
 
@@ -67,7 +69,11 @@ class Training:
             data_config.workers,
             data_config.max_bad_share,
         )
-        self.model = _model(config, device)
+        self.model = model_of(config, device)
+        if begin.weights is not None:
+            told = begin_with(begin.weights, self.model)
+            if distributed.rank() == 0:
+                print(told, file=sys.stderr)
         if begin.resumed is None:
             self._fill_anchors(source, stream)
         self.spread = _spread(self.model, config, self.precision)
@@ -87,6 +93,7 @@ class Training:
     def run(self) -> None:
         """All iterations that are left; a checkpoint at the end."""
         every = self.config.watch.checkpoint_every
+        self.watch.say(self._about())
         try:
             while self.iteration < self.config.schedule.iterations:
                 self.step()
@@ -100,6 +107,18 @@ class Training:
         finally:
             self.writer.close()
             self.watch.close()
+
+    def _about(self) -> str:
+        """What runs here, and where."""
+        if self.iteration == self.config.schedule.iterations:
+            return f"{self.out}: all {self.iteration} iterations (schedule.iterations) are done"
+        parameters = sum(p.numel() for p in self.model.student["backbone"].parameters())
+        return (
+            f"{self.out}: iterations {self.iteration} to {self.config.schedule.iterations} of "
+            f"{self.config.schedule.batch} images, {self.loader.samples_per_epoch} in all; a "
+            f"backbone of {parameters / 1e6:.1f} M parameters in {self.precision.name} on "
+            f"{distributed.world_size()} x {self.device.type}"
+        )
 
     def step(self) -> None:
         """One iteration: `accumulate` batches, one update of student and teacher."""
@@ -115,7 +134,8 @@ class Training:
             crops = next(self.loader)
             with self.spread.accumulating(last=number == batches - 1), self.precision.autocast():
                 losses = self.spread(
-                    self._batch(crops, number), float(rates.teacher_temperature[now])
+                    drawn_batch(config, crops, (now, self._number(number)), self.device),
+                    float(rates.teacher_temperature[now]),
                 )
                 if bad is None and not self._finite(losses.total.detach()):
                     bad = crops, number
@@ -139,25 +159,6 @@ class Training:
         self.model.update_teacher(float(rates.momentum[now]))
         self.watch.iteration(now, norms, self.rates, self.loader, self.scaler)
 
-    def _batch(self, crops: Crops, number: int) -> Batch:
-        """On the device; draws the masks, and seeds what drop path draws."""
-        config = self.config
-        rng = np.random.default_rng([config.data.seed, self.iteration, self._number(number)])
-        torch.manual_seed(int(rng.integers(SEEDS)))
-        grid = config.crops.global_size // config.model.patch_size
-        crop_count = GLOBAL_CROPS * self.images
-        if config.distill is None:
-            masks = draw_masks(crop_count, grid, rng, config.masks)
-        else:
-            masks = hide_nothing(crop_count, grid)
-        tensors = (masks.tokens, masks.indices, masks.weights)
-        tokens, indices, weights = (t.to(self.device, non_blocking=True) for t in tensors)
-        return Batch(
-            normalise(crops.global_crops, self.device),
-            normalise(crops.local_crops, self.device),
-            masks._replace(tokens=tokens, indices=indices, weights=weights),
-        )
-
     @staticmethod
     def _number(number: int) -> int:
         """Of a rank's batch among all batches of the step."""
@@ -175,16 +176,16 @@ class Training:
         """
         self.optimizer.zero_grad()
         self.skipped += 1
-        name = f"{self.iteration:08d}.rank{distributed.rank()}.pt"
-        (self.out / "replay").mkdir(exist_ok=True)
-        drawn = {"iteration": self.iteration, "batch": self._number(number)}
-        torch.save({**drawn, **crops._asdict()}, self.out / "replay" / name)
+        scale, place = self.scaler.get_scale(), self._number(number)
+        left_out = skipped.Skipped(self.iteration, place, what, scale, crops)
+        skipped.keep(self.out, left_out, self.model if self.skipped == 1 else None)
         self.watch.skip(self.iteration, what)
         if self.skipped >= self.config.optimizer.most_skipped:
             raise UserError(
-                f"{self.out}: {what} not finite in {self.skipped} steps in a row; the batches are "
-                f"in {self.out / 'replay'}; resume with --set schedule.base_lr=… lower, after "
-                f"removing the last of {self.out / checkpoint.FOLDER} if it is to begin earlier"
+                f"{self.out}: {what} not finite in {self.skipped} steps in a row; see `pretrain "
+                f"replay` with a file of {self.out / skipped.FOLDER}; resume with --set "
+                f"schedule.base_lr=… lower, after removing the last of "
+                f"{self.out / checkpoint.FOLDER} if it is to begin earlier"
             )
 
     def _fill_anchors(self, source: Source, stream: StreamConfig) -> None:
@@ -202,11 +203,16 @@ class Training:
 
     def _begin(self, begin: Begin) -> tuple[int, dict[str, object] | None]:
         """(iteration, position in the data)."""
-        if begin.weights is not None:
-            checkpoint.read(begin.weights, self.model)
+        if begin.checkpoint is not None:
+            checkpoint.read(begin.checkpoint, self.model)
         if begin.resumed is None:
             return 0, None
         progress = checkpoint.read(begin.resumed, self.model, self.optimizer)
+        if progress.iteration > self.config.schedule.iterations:
+            raise UserError(
+                f"schedule.iterations {self.config.schedule.iterations}: {begin.resumed} has done "
+                f"{progress.iteration} already"
+            )
         if progress.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(progress.scaler)
         return progress.iteration, progress.data
@@ -227,7 +233,31 @@ def images_per_batch(config: Config, ranks: int) -> int:
     return batch // parts
 
 
-def _model(config: Config, device: torch.device) -> StudentTeacher:
+def drawn_batch(
+    config: Config, crops: Crops, place: tuple[int, int], device: torch.device
+) -> Batch:
+    """On the device; draws the masks, and seeds what drop path draws.
+
+    `place`: the iteration, from 0, and the number of the batch among all of the step.
+    """
+    rng = np.random.default_rng([config.data.seed, *place])
+    torch.manual_seed(int(rng.integers(SEEDS)))
+    grid = config.crops.global_size // config.model.patch_size
+    count = len(crops.global_crops)
+    if config.distill is None:
+        masks = draw_masks(count, grid, rng, config.masks)
+    else:
+        masks = hide_nothing(count, grid)
+    tensors = (masks.tokens, masks.indices, masks.weights)
+    tokens, indices, weights = (t.to(device, non_blocking=True) for t in tensors)
+    return Batch(
+        normalise(crops.global_crops, device),
+        normalise(crops.local_crops, device),
+        masks._replace(tokens=tokens, indices=indices, weights=weights),
+    )
+
+
+def model_of(config: Config, device: torch.device) -> StudentTeacher:
     model = StudentTeacher(
         config.model,
         config.objective,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -20,6 +21,13 @@ from pretrain.stream import Loader
 from pretrain.student_teacher import StudentTeacher
 
 METRICS = "metrics.jsonl"
+LINE_S = 30.0  # between lines of a log
+SECTIONS = {  # of TensorBoard, which shows names before a slash together
+    "losses": ("loss", "dino_global", "dino_local", "ibot", "koleo"),
+    "teacher": ("teacher_entropy", "prototype_usage", "knn_accuracy", "feature_rank"),
+    "schedules": Schedules._fields,
+    "speed": ("images_per_s", "step_s", "data_wait", "peak_gib"),
+}
 
 
 class Watch:
@@ -36,12 +44,21 @@ class Watch:
         self._board = _tensorboard(out, iteration) if self._writes else None
         if self._writes:
             _forget(out / METRICS, iteration)
+        screen = shutil.get_terminal_size()  # 80 x 24 for one that doesn't know
         self._bar = tqdm(
             total=config.schedule.iterations,
             initial=iteration,
             unit="it",
+            ncols=screen.columns,
+            nrows=screen.lines,
             disable=not self._writes or not sys.stderr.isatty(),
         )
+        self._told = -LINE_S
+
+    def say(self, text: str) -> None:
+        """A line for who watches, above the bar."""
+        if self._writes:
+            tqdm.write(text, file=sys.stderr)
 
     def add(self, values: Mapping[str, torch.Tensor], total: torch.Tensor) -> None:
         """Values of one batch; nothing is read from the device yet."""
@@ -53,6 +70,7 @@ class Watch:
     def skip(self, iteration: int, what: str) -> None:
         """A step that was left out."""
         self._skipped += 1
+        self.say(f"iteration {iteration + 1}: {what} not finite, left out")
         if self._writes:
             self._write({"iteration": iteration + 1, "skipped": what})
 
@@ -84,7 +102,7 @@ class Watch:
         self._sums, self._batches = {}, 0
         if self._writes:
             self._write(line)
-            self._bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            self._show(line)
 
     def evaluate(self, done: int, model: StudentTeacher) -> None:
         """kNN accuracy and feature rank of the EMA teacher, every `evaluate_every` iterations."""
@@ -96,7 +114,24 @@ class Watch:
         found = self._probe.measure(model.teacher["backbone"], self._precision)
         if self._writes:
             self._write({"iteration": done, **found})
+        self.say(f"iteration {done}: " + ", ".join(f"{n} {v:.4g}" for n, v in found.items()))
         self._since += time.monotonic() - began  # is no time of training
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        """Beside the bar; a log has no bar, but now and then a line."""
+        if not self._bar.disable:
+            self._bar.set_postfix(loss=f"{line['loss']:.3f}", refresh=False)
+            return
+        total, done = self._config.schedule.iterations, line["iteration"]
+        if time.monotonic() - self._told < LINE_S and done != total:
+            return
+        self._told = time.monotonic()
+        left = tqdm.format_interval(int((total - done) * line["step_s"]))
+        self.say(
+            f"iteration {done} of {total}: loss {line['loss']:.3f}, "
+            f"{line['images_per_s']:.4g} images/s, {line['data_wait']:.0%} waiting for data, "
+            f"{left} left"
+        )
 
     def close(self) -> None:
         self._bar.close()
@@ -133,8 +168,15 @@ class Watch:
             file.write(json.dumps(stamped, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in line.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, line["iteration"])
+                if isinstance(value, (int, float)) and name != "iteration":
+                    self._board.add_scalar(_tag(name), value, line["iteration"])
+
+
+def _tag(name: str) -> str:
+    """Where TensorBoard shows a value."""
+    if "/" in name:
+        return name
+    return f"{next((s for s, names in SECTIONS.items() if name in names), 'run')}/{name}"
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -170,7 +170,10 @@ def test_a_resumed_run_has_the_optimizer_that_it_is_told(whole: Path, tmp_path: 
     [
         (lambda folder: (folder / "progress.json").write_text("{"), "damaged"),
         (lambda folder: (folder / ".metadata").write_bytes(b""), "damaged"),
-        (lambda folder: next(folder.glob("*.distcp")).write_bytes(b"x"), "damaged"),
+        (
+            lambda folder: next(folder.glob("*.distcp")).write_bytes(b"x"),
+            "(Weights only load failed)",
+        ),
         (lambda folder: next(folder.glob("*.distcp")).unlink(), "No such file"),
     ],
 )
@@ -240,18 +243,6 @@ def test_gradients_that_never_become_finite_stop_an_fp16_run(
     assert training.iteration < 25
 
 
-def test_tasks_of_srun_that_know_nothing_of_each_other_are_told(
-    config: Path,
-    images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
-    assert main(arguments(config, images, tmp_path / "run")) == 2
-    assert "start one torchrun a node" in capsys.readouterr().err
-
-
 def test_a_run_that_has_no_checkpoint_yet_is_begun_again(
     config: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -260,15 +251,6 @@ def test_a_run_that_has_no_checkpoint_yet_is_begun_again(
     (out / "config.yaml").write_text("model: {}\n")
     assert main(arguments(config, images, out)) == 0
     assert len(lines(out)) == 8
-
-
-def test_a_place_that_can_t_be_written_is_told(
-    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments(config, images, Path(f"{config}/run"))) == 2
-    told = capsys.readouterr().err
-    assert "Not a directory" in told
-    assert str(config) in told
 
 
 @pytest.mark.slow
@@ -296,9 +278,6 @@ def test_steps_that_are_not_finite_are_kept_and_then_stop_the_run(
     assert "not finite in 3 steps in a row" in capsys.readouterr().err
     kept = sorted((tmp_path / "run" / "replay").glob("*.pt"))
     assert len(kept) == 3
-    replay = torch.load(kept[0], weights_only=False)
-    assert replay["global_crops"].shape == (16, 3, 32, 32)
-    assert len(replay["keys"]) == 8
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(
@@ -334,31 +313,6 @@ def test_the_518_phase_begins_with_a_run(
     assert lines(out)[0]["loss"] > 0
 
 
-@pytest.mark.parametrize(
-    ("settings", "fault"),
-    [
-        (["model.widht=3"], "model.widht: no such setting; did you mean width?"),
-        (["crops.global_size=33"], "crops.global_size 33: no multiple of model.patch_size"),
-        (["schedule.batch=none", "model.heads=7"], "schedule.batch 'none'"),
-        (["parallel.accumulate=3"], "schedule.batch 8: must be a multiple of 3"),
-        (["crops.blur=some"], "crops.blur 'some': input should be 'paper' or 'official'"),
-        (["model"], "--set model: wanted a.b=value"),
-    ],
-)
-def test_faults_of_a_config_are_told(
-    settings: list[str],
-    fault: str,
-    config: Path,
-    images: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(arguments(config, images, tmp_path / "run", *settings)) == 2
-    told = capsys.readouterr().err
-    assert fault in told
-    assert "Traceback" not in told
-
-
 def test_mistakes_with_runs_are_told(
     whole: Path, config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +324,20 @@ def test_mistakes_with_runs_are_told(
     assert "of another architecture" in capsys.readouterr().err
     assert main(["train", "--config", "vitb41", "--shards", ".", "--out", "x"]) == 2
     assert "did you mean vitb14?" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_says_so(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert main(["resume", str(run)]) == 0
+    assert f"{run}: all 8 iterations (schedule.iterations) are done" in capsys.readouterr().err
+    before = (run / "config.yaml").read_text()
+    assert main(["resume", str(run), "--set", "schedule.iterations=7"]) == 2
+    assert "schedule.iterations 7: " in (told := capsys.readouterr().err)
+    assert "00000008 has done 8 already" in told
+    assert (run / "config.yaml").read_text() == before
 
 
 def test_a_job_that_is_started_again_goes_on(

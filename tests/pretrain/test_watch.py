@@ -1,7 +1,11 @@
 """What a run writes about itself: lines of JSON, bad images by name, and scalars."""
 
+import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,11 +117,43 @@ def test_bad_images_that_end_a_run_are_named(config: Path, spoilt: Path, tmp_pat
     assert strict(out / "bad.jsonl")
 
 
+def test_a_log_says_what_runs_and_how_far_it_is(
+    config: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no bar; also what is evaluated and left out is told there."""
+    watched = ["watch.evaluate_every=2", f"watch.evaluate_on={images}", "schedule.iterations=4"]
+    assert main(arguments(config, images, tmp_path / "run", *watched)) == 0
+    told = capsys.readouterr().err
+    assert (
+        "iterations 0 to 4 of 8 images, 24 in all; a backbone of 0.1 M parameters in fp32" in told
+    )
+    assert "iteration 4 of 4: loss " in told
+    assert "\niteration 2: knn_accuracy 0" in told or "\niteration 2: knn_accuracy 1" in told
+    spoilt = ["schedule.base_lr=1e30", "schedule.warmup=0", "optimizer.most_skipped=2"]
+    assert main(arguments(config, images, tmp_path / "spoilt", *spoilt)) == 2
+    assert "\niteration 2: loss not finite, left out\n" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_a_bar(config: Path, images: Path, tmp_path: Path) -> None:
+    shown, terminal = os.openpty()
+    given = arguments(config, images, tmp_path / "run")
+    running = subprocess.Popen([sys.executable, "-m", "pretrain", *given], stderr=terminal)
+    os.close(terminal)
+    told = b""
+    with contextlib.suppress(OSError):  # how Linux ends it
+        while more := os.read(shown, 4096):
+            told += more
+    os.close(shown)
+    assert running.wait() == 0
+    assert "8/8 [" in told.decode()
+    assert "loss=" in told.decode()
+
+
 def steps(run: Path) -> Iterator[int]:
     """Of the loss, as TensorBoard shows it."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    return (scalar.step for scalar in events.Scalars("loss"))
+    return (scalar.step for scalar in events.Scalars("losses/loss"))
 
 
 def test_tensorboard_shows_steps_that_are_done_again_once(
