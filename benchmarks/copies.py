@@ -159,7 +159,8 @@ class Scores:
         wrong = len(self.wrong) - np.searchsorted(self.wrong, reached)
         enough = reached[right >= precision * (right + wrong)]
         least = enough[0] if len(enough) else np.inf
-        return np.mean(self.right >= least, axis=1)
+        share: NDArray[np.float64] = np.mean(self.right >= least, axis=1)
+        return share
 
 
 def precision_tables(descriptors: Sequence[Descriptor], measured: Sequence[Measured]) -> int:

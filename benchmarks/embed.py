@@ -135,7 +135,7 @@ def plain(models: tuple[VectorModel, VectorModel], images: list[Path], batch: in
     """Processor seconds an image of a DataLoader and both models in fp32, as torch runs them."""
     for module in (module for model in models for module in model.net.modules()):
         if type(module) is OneDnnLinear:
-            module.__class__ = torch.nn.Linear
+            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
     began = cpu()
     loader = torch.utils.data.DataLoader(Files(images, models), batch, num_workers=1)
     with torch.inference_mode():

@@ -6,6 +6,7 @@ Work is cut in tiles that don't depend on the number of threads, so results don'
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
@@ -34,11 +35,7 @@ _scratch = threading.local()
 
 # fp32 by oneDNN, for tiles of one shape: torch.mm asks MKL, which is half as fast on processors of
 # other makers, for which it doesn't use AVX-512.
-_mkldnn_linear = (
-    torch.ops.mkldnn._linear_pointwise
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    else None
-)
+_mkldnn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def fast_dtype() -> torch.dtype:

@@ -66,4 +66,5 @@ def _count(net: nn.Module, side: int, dim: int, device: str) -> Effort:
 
 
 def _linear_flop(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(rows) * int(weight[0])
+    flop: int = 2 * math.prod(rows) * weight[0]
+    return flop

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -31,7 +32,8 @@ SHORT_SIDE_RATIO = 256 / 224  # resize to 256, centre crop of 224: DINOv2's eval
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-ONEDNN_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
+# x (…, I), weight (O, I), bias (O,), "none", [], "" -> (…, O); None where torch has no oneDNN.
+ONEDNN_LINEAR: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 Pixels = npt.NDArray[np.uint8]
 Vectors = npt.NDArray[np.float32]
@@ -96,8 +98,8 @@ class OneDnnLinear(nn.Linear):
     processors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
-        return out
+        assert ONEDNN_LINEAR is not None
+        return ONEDNN_LINEAR(x, self.weight, self.bias, "none", [], "")
 
 
 def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
@@ -106,7 +108,8 @@ def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
         if dtype == torch.float32 and type(module) is nn.Linear and ONEDNN_LINEAR:
             module.__class__ = OneDnnLinear
         if dtype == torch.bfloat16 and hasattr(module, "fused_attn"):
-            module.fused_attn = False  # timm's: torch's own kernel takes twice as long in bf16
+            # timm's: torch's own kernel takes twice as long in bf16
+            module.fused_attn = False  # type: ignore[assignment]
 
 
 def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorModel:
