@@ -76,4 +76,5 @@ def _box(plane: Plane) -> Plane:
     at = np.arange(side)
     start, stop = np.maximum(at + after - window, 0), np.minimum(at + after, side)
     sums = np.vstack([np.zeros(plane.shape[1]), np.cumsum(plane, axis=0)])
-    return (sums[stop] - sums[start]) / (stop - start)[:, None]
+    means: NDArray[np.float64] = (sums[stop] - sums[start]) / (stop - start)[:, None]
+    return means

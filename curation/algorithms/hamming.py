@@ -45,7 +45,8 @@ def band_count(hashes: int, bits: int) -> int:
 
 def _cost(hashes: int, bits: int, bands: int) -> float:
     agreeing = HASH_BITS * (bands - bits) / bands
-    return math.comb(bands, bits) * (SORTED + hashes * 0.5 ** (agreeing + 1))
+    cost: float = math.comb(bands, bits) * (SORTED + hashes * 0.5 ** (agreeing + 1))
+    return cost
 
 
 def near_pairs(hashes: Hashes, bits: int) -> Iterator[tuple[Ints, Ints]]:
@@ -141,7 +142,7 @@ def _settle(hashes: Hashes, groups: Ints, bits: int, stays: Ints, distance: Ints
         for k in range(count):
             apart = _distance(hashes[i], hashes[held[k]])
             if apart < best:
-                best, stays[i] = apart, held[k]
+                best, stays[i] = int(apart), held[k]
         if best > bits:
             held[count] = i
             count += 1

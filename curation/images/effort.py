@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from curation.images.encoders import (
     DEMO_MODEL,
     ONEDNN_LINEAR,
-    EncoderError,
     VectorModel,
     load_copy_descriptor,
     load_semantic,
 )
+from curation.images.errors import EncoderError
 
 
 @dataclass(frozen=True)
