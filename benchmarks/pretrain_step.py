@@ -9,11 +9,13 @@ in turn, each round in a process of its own, whose peak is its memory. FLOP coun
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -75,9 +77,17 @@ def measure(kind: str, steps: int, threads: int) -> dict[str, float]:
 
 def counted_flop(step: Callable[[], None]) -> float:
     """FLOP of the products of one step, which also warms up; attention's own are not counted."""
+    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    def linear_flop(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+        flop: int = 2 * math.prod(rows) * weight[0]
+        return flop
+
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    counted = {onednn: linear_flop} if onednn else {}
+
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         step()
     return float(counter.get_total_flops())
 

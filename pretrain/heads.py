@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.products import Linear
 from pretrain.ranges import Count
-from pretrain.scores import Scores, product_dtype
+from pretrain.scores import Scores, blocks, product_dtype
 
 # (features (N, d) unit norm fp32, (weight_v (K, d), weight_g (K, 1))) -> losses
 Losses = tuple[torch.Tensor, torch.Tensor]
@@ -44,7 +45,7 @@ class ProjectionHead(nn.Module):
         sizes = [width, *[config.hidden] * (config.layers - 1), config.bottleneck]
         layers: list[nn.Module] = []
         for before, after in pairwise(sizes):
-            layers += [nn.Linear(before, after), nn.GELU()]
+            layers += [Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         self.last_layer = Prototypes(config.bottleneck, config.prototypes)
         for layer in self.mlp:
@@ -62,11 +63,16 @@ class ProjectionHead(nn.Module):
         last = self.last_layer
         if criterion is not None:
             return criterion(features, (last.weight_v, last.weight_g))
-        weight, _ = normalised(last.weight_v, last.weight_g)
-        return Scores(features, weight.to(product_dtype(weight)))
+        dtype = product_dtype(last.weight_v)
+        return Scores(features, normalised(last.weight_v, last.weight_g, dtype)[0])
 
 
-def normalised(weight_v: torch.Tensor, weight_g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g v / |v| (K, d) in v's dtype, |v| (K, 1) in fp32)."""
+def normalised(
+    weight_v: torch.Tensor, weight_g: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(g v / |v| (K, d) in dtype, |v| (K, 1) in fp32)."""
     length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
-    return (weight_v * (weight_g / length)).to(weight_v.dtype), length
+    weight, factor = torch.empty_like(weight_v, dtype=dtype), weight_g / length
+    for block in blocks(weight):  # else another matrix of this size
+        weight[block] = weight_v[block] * factor[block]
+    return weight, length

@@ -5,13 +5,17 @@ sequences, so that shapes are static and no kernel of varying lengths is needed 
 the same code on every GPU). Parameter names are those of facebookresearch/dinov2.
 """
 
+import contextlib
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
+
+from pretrain.products import Linear, linear, unwanted
 
 NORM_EPS = 1e-6
 Groups = tuple[tuple[int, int], ...]  # (sequences, tokens of each), in the order they are packed
@@ -50,19 +54,19 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
 
-    def after(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """gamma * linear(x), by scaling the weights: they are small beside the tokens.
+    def after(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """gamma * layer(x), by scaling the weights: they are small beside the tokens.
 
         Not so in fp16, which has no 1e-5 * 0.02.
         """
-        device, dtype = x.device.type, linear.weight.dtype
+        device, dtype = x.device.type, layer.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if dtype == torch.float16:
-            out: torch.Tensor = linear(x) * self.gamma
+            out: torch.Tensor = layer(x) * self.gamma
             return out
-        weight, bias = linear.weight * self.gamma[:, None], linear.bias * self.gamma
-        return functional.linear(x, weight, bias)
+        weight, bias = layer.weight * self.gamma[:, None], layer.bias * self.gamma
+        return linear(x, weight, bias)
 
 
 class Attention(nn.Module):
@@ -71,8 +75,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(
         self,
@@ -109,8 +113,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: torch.Tensor, around: tuple[nn.Module, LayerScale]) -> torch.Tensor:
         """(T, D) -> (T, D); `around`: the norm before and the scale after it."""
@@ -125,8 +129,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         gated = -(-int(hidden * 2 / 3) // 8) * 8  # up to a multiple of 8: 4,096 for ViT-g
-        self.w12 = nn.Linear(width, 2 * gated)
-        self.w3 = nn.Linear(gated, width)
+        self.w12 = Linear(width, 2 * gated)
+        self.w3 = Linear(gated, width)
 
     def forward(self, x: torch.Tensor, around: tuple[nn.Module, LayerScale]) -> torch.Tensor:
         """(T, D) -> (T, D); `around`: the norm before and the scale after it."""
@@ -147,8 +151,18 @@ def _again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
-    out: torch.Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if not torch.compiler.is_compiling():  # which knows no context_fn
+        again = partial(again, context_fn=_contexts)
+    out: torch.Tensor = again(function, *inputs)
     return out
+
+
+def _contexts() -> tuple[
+    contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]
+]:
+    """Of a function that ends in a product: for its forward pass, and for doing it again."""
+    return contextlib.nullcontext(), unwanted()
 
 
 class Block(nn.Module):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.products import product
+
+BLOCK = 4096  # prototypes that are worked on at a time
 CHUNK_BYTES = 48 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
 KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
 
@@ -30,6 +33,21 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
     """The autocast dtype where there is one, else the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def blocks(prototypes: torch.Tensor) -> Iterator[slice]:
+    """Of prototypes (K, d): on a processor so few that products of them need no new memory."""
+    most = BLOCK if prototypes.device.type == "cpu" else len(prototypes)
+    for start in range(0, len(prototypes), most):
+        yield slice(start, start + most)
+
+
+def softmax_(logits: torch.Tensor) -> torch.Tensor:
+    """Makes the softmax of each row of logits (M, K) in their place; returns log sum exp (M,)."""
+    top = logits.amax(dim=1, keepdim=True)
+    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    logits.div_(total)
+    return (top + total.log()).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -64,13 +82,14 @@ class Scores:
         self, start: int, stop: int, temperature: float = 1.0, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(stop - start, K) fp32 scores / temperature; in the first rows of `out`, if given."""
-        place = None if out is None else out[: stop - start]
+        if out is None:
+            out = self.features.new_empty(stop - start, len(self.prototypes), dtype=torch.float32)
+        place = out[: stop - start]
         scaled = (self.features[start:stop] / temperature).to(self.prototypes.dtype)
         with torch.autocast(scaled.device.type, enabled=False):
-            if scaled.dtype == torch.float32:
-                return torch.mm(scaled, self.prototypes.T, out=place)
-            low = scaled @ self.prototypes.T
-            return low.float() if place is None else place.copy_(low)
+            for block in blocks(self.prototypes):
+                place[:, block] = product(scaled, self.prototypes[block].T)
+        return place
 
     def parts(self, temperature: float) -> Iterator[torch.Tensor]:
         """(n, K) fp32 of all rows in turn; each lies where the one before it lay.

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.layers import NORM_EPS, Block, Groups, draw_kept
+from pretrain.products import linear
 from pretrain.ranges import Count, CountOrZero, NotNegative, Positive, ShareBelowOne
 
 
@@ -69,7 +70,7 @@ class PatchEmbed(nn.Module):
             crop.view(b, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5).reshape(b * h * w, 3 * p * p)
             for crop, (b, h, w) in zip(crops, shapes, strict=True)
         ]
-        tokens = functional.linear(torch.cat(rows), self.proj.weight.flatten(1), self.proj.bias)
+        tokens = linear(torch.cat(rows), self.proj.weight.flatten(1), self.proj.bias)
         parts = torch.split(tokens, [b * h * w for b, h, w in shapes])
         width = tokens.shape[1]
         return [t.view(b, h * w, width) for t, (b, h, w) in zip(parts, shapes, strict=True)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from pretrain.scores import Scores
+from pretrain.scores import Scores, softmax_
 
 TINY, LOWEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).min
 
@@ -48,8 +48,9 @@ class Targets:
         """(stop - start, K) fp32, not to be written into."""
         if self.kept is not None:
             return self.kept[start:stop]
-        scores = self.scores.rows(start, stop, self.temperature)
-        return torch.softmax(scores.add_(self.offsets), dim=1)
+        targets = self.scores.rows(start, stop, self.temperature).add_(self.offsets)
+        softmax_(targets)
+        return targets
 
 
 @torch.no_grad()
@@ -74,18 +75,16 @@ def _balance(scores: Scores, temperature: float, iterations: int, reduce: AllRed
     for _ in range(iterations - 1):
         offsets, after = -mass.log(), torch.zeros_like(mass)
         for part in scores.parts(temperature):
-            rows = torch.softmax(part.add_(offsets), dim=1)
-            after += rows.new_ones(len(rows)) @ rows
+            softmax_(part.add_(offsets))
+            after += part.new_ones(len(part)) @ part
         mass = reduce.sum(after.mul_(mass)).clamp_(min=TINY)
     return Targets(scores, temperature, -mass.log())
 
 
 def _balance_few(scores: Scores, temperature: float, iterations: int, reduce: AllReduce) -> Targets:
     """With E in memory, which is never rewritten: only the two vectors change."""
-    logits = scores.rows(0, len(scores), temperature)
-    exponentials = torch.softmax(logits, dim=1)
-    lse = _log_sum_exp(logits, exponentials)
-    del logits
+    exponentials = scores.rows(0, len(scores), temperature)
+    lse = softmax_(exponentials)
     top = reduce.max(torch.cat([lse, lse.new_full((1,), LOWEST)]).max())
     rows = (lse - top).exp_()
     for _ in range(iterations):
@@ -103,18 +102,12 @@ def _first_mass(scores: Scores, temperature: float, reduce: AllReduce) -> torch.
     top = scores.features.new_tensor(LOWEST)
     mass = scores.features.new_zeros(len(scores.prototypes))
     for part in scores.parts(temperature):
-        rows = torch.softmax(part, dim=1)
-        lse = _log_sum_exp(part, rows)
+        lse = softmax_(part)
         higher = torch.maximum(top, lse.max())
-        mass = mass * (top - higher).exp() + (lse - higher).exp() @ rows
+        mass = mass * (top - higher).exp() + (lse - higher).exp() @ part
         top = higher
     highest = reduce.max(top.clone())
     return reduce.sum(mass * (top - highest).exp()).clamp_(min=TINY)
-
-
-def _log_sum_exp(logits: torch.Tensor, exponentials: torch.Tensor) -> torch.Tensor:
-    """(M,) by row, from the largest logit and the largest of their softmax: log p = logit - lse."""
-    return logits.amax(dim=1) - exponentials.amax(dim=1).log()
 
 
 class SoftmaxCenter(nn.Module):

@@ -13,9 +13,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from pretrain.heads import normalised
-from pretrain.scores import CHUNK_BYTES, chunk_rows, chunks, product_dtype
+from pretrain.products import product
+from pretrain.scores import (
+    BLOCK,
+    CHUNK_BYTES,
+    blocks,
+    chunk_rows,
+    chunks,
+    product_dtype,
+    softmax_,
+)
 
-BLOCK = 16_384  # prototypes
 HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
 HALF_ROWS = 256
 
@@ -63,8 +71,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     ) -> Losses:
         dtype = product_dtype(weight_v)
         with torch.autocast(features.device.type, enabled=False):
-            weight, length = normalised(weight_v, weight_g)
-            work = _Accumulator(features, weight.to(dtype), temperature, rows)
+            weight, length = normalised(weight_v, weight_g, dtype)
+            most = max((len(term.weights) for term in terms), default=0)
+            work = _Accumulator(features, weight, temperature, max(1, min(rows, most)))
             losses = torch.stack([work.add(term) for term in terms])
             by_g = _through_norm(work.by_weight, weight_v, weight_g, length)
         ctx.save_for_backward(work.by_features, work.by_weight, by_g)
@@ -93,7 +102,11 @@ class _Accumulator:
         self.half = weight.dtype == torch.float16
         self.rows = min(rows, HALF_ROWS) if self.half else rows
         self.by_features = torch.empty_like(features, dtype=torch.float32)
-        self.by_weight = torch.zeros_like(weight, dtype=torch.float32)
+        self.by_weight = torch.empty_like(weight, dtype=torch.float32)
+        if not len(features):
+            self.by_weight.zero_()
+        # Chunks lie in the same memory: the system would clear new memory for each.
+        self.logits = features.new_empty(self.rows, len(weight), dtype=torch.float32)
         self.done = 0
 
     def add(self, term: Term) -> torch.Tensor:
@@ -107,33 +120,44 @@ class _Accumulator:
     def _chunk(self, term: Term, start: int, stop: int) -> torch.Tensor:
         where = slice(self.done + start, self.done + stop)
         features, weights = self.features[where], term.weights[start:stop, None]
-        scaled = features / self.temperature
-        logits = (scaled.to(self.weight.dtype) @ self.weight.T).float()
-        log_p = torch.log_softmax(logits, dim=1)
-        del logits
+        logits = self.logits[: stop - start]
+        scaled = (features / self.temperature).to(self.weight.dtype)
+        for block in blocks(self.weight):
+            logits[:, block] = product(scaled, self.weight[block].T)
         targets = term.targets(start, stop)
         # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
-        by_row = torch.bmm(targets[:, None], log_p[:, :, None]).view(-1)
+        by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
+        by_row -= term.mass * softmax_(logits)
         loss: torch.Tensor = -(by_row @ weights[:, 0])
-        by_logits = log_p.exp_()
         if term.mass != 1:
-            by_logits.mul_(term.mass)
-        by_logits.sub_(targets)
+            logits.mul_(term.mass)
         # Weights go on the small sides of the products.
-        weights = weights / self.temperature
-        if self.weight.dtype == torch.float32:
-            torch.mm(by_logits, self.weight, out=self.by_features[where]).mul_(weights)
-            self.by_weight.addmm_(by_logits.T, features * weights)
-            return loss
-        # In fp16 a probability of 1 / 131,072 would be lost, and the weights: both come near 1.
-        if self.half:
-            by_logits.mul_(HALF_SCALE)
-        low, scale = by_logits.to(self.weight.dtype), HALF_SCALE if self.half else 1.0
-        self.by_features[where] = (low @ self.weight).float() * (weights / scale)
-        largest = weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
-        weighted = (features * (weights / largest)).to(low.dtype)
-        self.by_weight += (low.T @ weighted).float() * (largest / scale)
+        self._gradients(logits.sub_(targets), where, features, weights / self.temperature)
         return loss
+
+    def _gradients(
+        self, by_logits: torch.Tensor, where: slice, features: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """From (n, K) by the logits of the rows `where`, but for the weights (n, 1)."""
+        dtype, by_features = self.weight.dtype, self.by_features[where].zero_()
+        # In fp16 a probability of 1 / 131,072 would be lost, and the weights: both come near 1.
+        scale, largest = 1.0, weights.new_ones(())
+        if self.half:
+            scale = HALF_SCALE
+            largest = weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
+            by_logits.mul_(scale)
+        weighted = (features * (weights / largest)).to(dtype)
+        for block in blocks(self.weight):
+            low = by_logits[:, block].to(dtype)
+            by_features += product(low, self.weight[block])
+            here = product(low.T, weighted)
+            if self.half:
+                here = here.float().mul_(largest / scale)
+            if where.start == 0:
+                self.by_weight[block] = here
+            else:
+                self.by_weight[block] += here
+        by_features.mul_(weights / scale)
 
 
 def _through_norm(
