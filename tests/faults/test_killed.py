@@ -122,10 +122,9 @@ def test_killed_while_perceptual_hashes_are_compared(mortal: Mortal) -> None:
     assert mortal.run() == 0, mortal.log.read_text()
     assert counts(mortal.work.run_folder, "embed")["phash_duplicates"] > 0
     whole = final_files(mortal.work.run_folder)
-    kinds = ["joined components", "published embed"]  # the last of which is the marker
-    for kind in kinds:
-        first = mortal.points().index(kind) + 1
-        assert check_killed(mortal, first, whole) == "embed"
+    points = mortal.points()
+    for kind in ("joined components", "published embed"):  # the last of which is the marker
+        assert check_killed(mortal, points.index(kind) + 1, whole) == "embed"
 
 
 @pytest.mark.slow
