@@ -40,19 +40,25 @@ def backbone(
             assert isinstance(block, Block)
             assert isinstance(block.mlp, Mlp)
             x = x + attention(block.attn, block.norm1(x)) * block.ls1.gamma
-            hidden = functional.gelu(block.mlp.fc1(block.norm2(x)))
-            x = x + block.mlp.fc2(hidden) * block.ls2.gamma
+            hidden = functional.gelu(linear(block.mlp.fc1, block.norm2(x)))
+            x = x + linear(block.mlp.fc2, hidden) * block.ls2.gamma
         x = vit.norm(x)
         out.append((x[:, 0], x[:, 1:].flatten(0, 1)))
     return out
 
 
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """As torch does it, not as `pretrain.products`."""
+    assert isinstance(layer, nn.Linear)
+    return functional.linear(x, layer.weight, layer.bias)
+
+
 def attention(layer: Attention, x: torch.Tensor) -> torch.Tensor:
     images, length, width = x.shape
-    qkv = layer.qkv(x).reshape(images, length, 3, layer.heads, width // layer.heads)
+    qkv = linear(layer.qkv, x).reshape(images, length, 3, layer.heads, width // layer.heads)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     mixed = functional.scaled_dot_product_attention(q, k, v)
-    return torch.as_tensor(layer.proj(mixed.transpose(1, 2).reshape(images, length, width)))
+    return linear(layer.proj, mixed.transpose(1, 2).reshape(images, length, width))
 
 
 class WholeHead(nn.Module):
@@ -64,7 +70,9 @@ class WholeHead(nn.Module):
         self.head = head
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        features = functional.normalize(self.head.mlp(tokens), dim=-1)
+        for layer in self.head.mlp:
+            tokens = linear(layer, tokens) if isinstance(layer, nn.Linear) else layer(tokens)
+        features = functional.normalize(tokens, dim=-1)
         last = self.head.last_layer
         return functional.linear(features, torch._weight_norm(last.weight_v, last.weight_g, 0))
 
