@@ -13,6 +13,11 @@ from safetensors.torch import save_file
 from workbench import GridDescriptor, Models, Project, write_pictures
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first: of two processes neither has a long one left when the other has none."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     folder = tmp_path_factory.mktemp("models")
