@@ -50,7 +50,7 @@ from curation.stages.tables import (
     read_parts,
 )
 
-BATCH_IMAGES, BATCH_BYTES = 8, 4 << 20  # read by a thread at a time
+BATCH_IMAGES, BATCH_BYTES = 32, 4 << 20  # read by a thread at a time
 GAP_BYTES = 1 << 20  # that are read between an image and its extras, rather than ask twice
 FACES_TABLE = "shards/faces.parquet"
 _LINEAGE = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
