@@ -13,7 +13,7 @@ import torch
 from pretrain.products import product
 
 BLOCK = 4096  # prototypes that are worked on at a time
-CHUNK_BYTES = 48 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
+CHUNK_BYTES = 24 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
 KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
 
 
