@@ -295,6 +295,7 @@ def test_histograms_keep_every_value() -> None:
 def test_the_page_opens_in_a_browser(browser: Any, finished: Project, width: int) -> None:
     screen = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get_log("browser")  # of pages that it showed before
     browser.get((finished.run_folder / "report/report.html").as_uri())
     sizes = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
     assert len(sizes) > 40
