@@ -36,10 +36,13 @@ def measure(kind: str, steps: int, threads: int) -> dict[str, float]:
     from pretrain.heads import HeadConfig
     from pretrain.masking import draw_masks
     from pretrain.param_groups import adamw, param_groups, set_rates
+    from pretrain.precision import keep_freed_memory
     from pretrain.student_teacher import Batch, ObjectiveConfig, StudentTeacher, clip_gradients
     from pretrain.vit import ViTConfig
 
     torch.set_num_threads(threads)
+    if kind.startswith("ours"):
+        keep_freed_memory()
     torch.manual_seed(0)
     head = HeadConfig(prototypes=PROTOTYPES)
     model = StudentTeacher(ViTConfig(image_size=224), ObjectiveConfig(head, head)).train()

@@ -129,6 +129,11 @@ class Spread:
             yield
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether its parameters are whole only while its forward or backward runs."""
+    return isinstance(module, FSDPModule)
+
+
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A sharded value put together; any other as it is. All ranks call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value

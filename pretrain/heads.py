@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pretrain.distributed import is_sharded
 from pretrain.products import Linear
 from pretrain.ranges import Count
-from pretrain.scores import Scores, blocks, product_dtype
+from pretrain.scores import Factored, Scores, blocks, product_dtype
 
 # (features (N, d) unit norm fp32, (weight_v (K, d), weight_g (K, 1))) -> losses
 Losses = tuple[torch.Tensor, torch.Tensor]
@@ -57,22 +58,34 @@ class ProjectionHead(nn.Module):
         """(N, D) -> (N, K) scores, or what `criterion` makes of the bottleneck and prototypes.
 
         The criterion runs in here because the prototypes are whole only inside this module's
-        forward when it is sharded; scores have a copy of them.
+        forward when it is sharded; scores then have a copy of them.
         """
         features = functional.normalize(self.mlp(tokens).float(), dim=-1)
         last = self.last_layer
         if criterion is not None:
             return criterion(features, (last.weight_v, last.weight_g))
-        dtype = product_dtype(last.weight_v)
-        return Scores(features, normalised(last.weight_v, last.weight_g, dtype)[0])
+        weight, factor = factored(last.weight_v, last.weight_g / lengths(last.weight_v))
+        if factor is not None and is_sharded(self):
+            weight, factor = weight * factor, None
+        return Scores(features, weight, factor)
 
 
-def normalised(
-    weight_v: torch.Tensor, weight_g: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g v / |v| (K, d) in dtype, |v| (K, 1) in fp32)."""
+def lengths(weight_v: torch.Tensor) -> torch.Tensor:
+    """|v| (K, 1) in fp32."""
+    length: torch.Tensor
     length = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True, dtype=torch.float32)
-    weight, factor = torch.empty_like(weight_v, dtype=dtype), weight_g / length
-    for block in blocks(weight):  # else another matrix of this size
+    return length
+
+
+def factored(weight_v: torch.Tensor, factor: torch.Tensor) -> Factored:
+    """Prototypes factor (K, 1) * v (K, d) for products: in fp32 apart, so that nothing is copied.
+
+    Another matrix of their size would be a step's peak.
+    """
+    dtype = product_dtype(weight_v)
+    if dtype == weight_v.dtype == torch.float32:
+        return weight_v, factor
+    weight = torch.empty_like(weight_v, dtype=dtype)
+    for block in blocks(weight):
         weight[block] = weight_v[block] * factor[block]
-    return weight, length
+    return weight, None

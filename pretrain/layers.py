@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.attention import attention
 from pretrain.products import Linear, linear, unwanted
 
 NORM_EPS = 1e-6
@@ -95,11 +96,8 @@ class Attention(nn.Module):
         for part, (sequences, length) in zip(
             torch.split(qkv, [b * n for b, n in groups]), groups, strict=True
         ):
-            # (3, B, heads, N, D / heads)
             heads = part.view(sequences, length, 3, self.heads, width // self.heads)
-            query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-            out = functional.scaled_dot_product_attention(query, key, value)
-            attended.append(out.transpose(1, 2).reshape(sequences * length, width))
+            attended.append(attention(heads).flatten(0, 1))
 
         def project(*parts: torch.Tensor) -> torch.Tensor:
             tokens = torch.cat(parts)

@@ -16,6 +16,9 @@ BLOCK = 4096  # prototypes that are worked on at a time
 CHUNK_BYTES = 24 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
 KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
 
+# Prototypes as (K, d) in the dtype of the products, and a factor (K, 1) of them if they lack it.
+Factored = tuple[torch.Tensor, torch.Tensor | None]
+
 
 def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of as few parts as have at most so many rows; all of like sizes."""
@@ -42,6 +45,15 @@ def blocks(prototypes: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + most)
 
 
+def logits_into(out: torch.Tensor, features: torch.Tensor, prototypes: Factored) -> None:
+    """out (n, K) fp32 = features (n, d) @ prototypes.T."""
+    weight, factor = prototypes
+    for block in blocks(weight):
+        out[:, block] = product(features, weight[block].T)
+        if factor is not None:
+            out[:, block] *= factor[block].T
+
+
 def softmax_(logits: torch.Tensor) -> torch.Tensor:
     """Makes the softmax of each row of logits (M, K) in their place; returns log sum exp (M,)."""
     top = logits.amax(dim=1, keepdim=True)
@@ -56,6 +68,7 @@ class Scores:
 
     features: torch.Tensor  # (M, d) fp32
     prototypes: torch.Tensor  # (K, d), in the dtype of the products
+    factor: torch.Tensor | None = None  # (K, 1) of the prototypes; None: they have it
 
     def __len__(self) -> int:
         return len(self.features)
@@ -72,7 +85,7 @@ class Scores:
 
     def split(self, sizes: list[int]) -> list["Scores"]:
         parts: tuple[torch.Tensor, ...] = torch.split(self.features, sizes)
-        return [Scores(part, self.prototypes) for part in parts]
+        return [Scores(part, self.prototypes, self.factor) for part in parts]
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of all rows."""
@@ -87,8 +100,7 @@ class Scores:
         place = out[: stop - start]
         scaled = (self.features[start:stop] / temperature).to(self.prototypes.dtype)
         with torch.autocast(scaled.device.type, enabled=False):
-            for block in blocks(self.prototypes):
-                place[:, block] = product(scaled, self.prototypes[block].T)
+            logits_into(place, scaled, (self.prototypes, self.factor))
         return place
 
     def parts(self, temperature: float) -> Iterator[torch.Tensor]:
@@ -105,4 +117,5 @@ class Scores:
     def sum(self) -> torch.Tensor:
         """(K,) fp32: of each prototype over all rows."""
         with torch.autocast(self.features.device.type, enabled=False):
-            return self.prototypes.float() @ self.features.sum(dim=0)
+            total = self.prototypes.float() @ self.features.sum(dim=0)
+            return total if self.factor is None else total * self.factor[:, 0]

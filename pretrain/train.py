@@ -46,6 +46,8 @@ class Begin:
 def train(config: Config, source: Source, out: Path, begin: Begin = Begin()) -> None:
     """Trains on the ranks that torchrun started, or alone; writes `out`. Errors: UserError."""
     device = precision.this_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cpu":
+        precision.keep_freed_memory()
     with distributed.process_group(device):
         Training(config, source, out, begin, device).run()
 

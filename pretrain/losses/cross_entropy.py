@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from pretrain.heads import normalised
+from pretrain.heads import factored, lengths
 from pretrain.products import product
 from pretrain.scores import (
     BLOCK,
     CHUNK_BYTES,
+    Factored,
     blocks,
     chunk_rows,
     chunks,
-    product_dtype,
+    logits_into,
     softmax_,
 )
 
@@ -69,11 +70,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
         temperature: float,
         rows: int,
     ) -> Losses:
-        dtype = product_dtype(weight_v)
+        length = lengths(weight_v)
+        prototypes = factored(weight_v, weight_g / length)
         with torch.autocast(features.device.type, enabled=False):
-            weight, length = normalised(weight_v, weight_g, dtype)
             most = max((len(term.weights) for term in terms), default=0)
-            work = _Accumulator(features, weight, temperature, max(1, min(rows, most)))
+            work = _Accumulator(features, prototypes, temperature, max(1, min(rows, most)))
             losses = torch.stack([work.add(term) for term in terms])
             by_g = _through_norm(work.by_weight, weight_v, weight_g, length)
         ctx.save_for_backward(work.by_features, work.by_weight, by_g)
@@ -85,28 +86,29 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_sum: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
         # In place: the buffers are as large as the prototypes, and nobody reads them again.
-        scaled = [
+        gradients = [
             gradient.mul_(by_sum).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None)
+        return (*gradients, None, None, None)
 
 
 class _Accumulator:
     """Goes over the rows in chunks and gathers the gradients."""
 
     def __init__(
-        self, features: torch.Tensor, weight: torch.Tensor, temperature: float, rows: int
+        self, features: torch.Tensor, prototypes: Factored, temperature: float, rows: int
     ) -> None:
-        self.features, self.weight, self.temperature = features, weight, temperature
-        self.half = weight.dtype == torch.float16
+        self.features, self.temperature = features, temperature
+        self.prototypes, self.weight = prototypes, prototypes[0]
+        self.half = self.weight.dtype == torch.float16
         self.rows = min(rows, HALF_ROWS) if self.half else rows
         self.by_features = torch.empty_like(features, dtype=torch.float32)
-        self.by_weight = torch.empty_like(weight, dtype=torch.float32)
+        self.by_weight = torch.empty_like(self.weight, dtype=torch.float32)
         if not len(features):
             self.by_weight.zero_()
         # Chunks lie in the same memory: the system would clear new memory for each.
-        self.logits = features.new_empty(self.rows, len(weight), dtype=torch.float32)
+        self.logits = features.new_empty(self.rows, len(self.weight), dtype=torch.float32)
         self.done = 0
 
     def add(self, term: Term) -> torch.Tensor:
@@ -121,9 +123,8 @@ class _Accumulator:
         where = slice(self.done + start, self.done + stop)
         features, weights = self.features[where], term.weights[start:stop, None]
         logits = self.logits[: stop - start]
-        scaled = (features / self.temperature).to(self.weight.dtype)
-        for block in blocks(self.weight):
-            logits[:, block] = product(scaled, self.weight[block].T)
+        warm = (features / self.temperature).to(self.weight.dtype)
+        logits_into(logits, warm, self.prototypes)
         targets = term.targets(start, stop)
         # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
         by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
@@ -139,7 +140,8 @@ class _Accumulator:
         self, by_logits: torch.Tensor, where: slice, features: torch.Tensor, weights: torch.Tensor
     ) -> None:
         """From (n, K) by the logits of the rows `where`, but for the weights (n, 1)."""
-        dtype, by_features = self.weight.dtype, self.by_features[where].zero_()
+        (weight, factor), dtype = self.prototypes, self.weight.dtype
+        by_features = self.by_features[where].zero_()
         # In fp16 a probability of 1 / 131,072 would be lost, and the weights: both come near 1.
         scale, largest = 1.0, weights.new_ones(())
         if self.half:
@@ -147,10 +149,12 @@ class _Accumulator:
             largest = weights.amax().clamp(min=torch.finfo(torch.float32).tiny)
             by_logits.mul_(scale)
         weighted = (features * (weights / largest)).to(dtype)
-        for block in blocks(self.weight):
+        for block in blocks(weight):
             low = by_logits[:, block].to(dtype)
-            by_features += product(low, self.weight[block])
             here = product(low.T, weighted)
+            if factor is not None:
+                low = low * factor[block].T
+            by_features += product(low, weight[block])
             if self.half:
                 here = here.float().mul_(largest / scale)
             if where.start == 0:
