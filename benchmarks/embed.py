@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import timm
@@ -31,15 +33,16 @@ from torchvision.transforms import v2
 from benchmarks.measuring import machine, say, table, target
 from curation import pipeline
 from curation.algorithms.products import fast_dtype
+from curation.images import encoders
 from curation.images.decode import Limits, decode
-from curation.images.encoders import OneDnnLinear, VectorModel, load_semantic
+from curation.images.encoders import VectorModel, load_semantic
 from curation.planning.small_runs import TimedExecutor
 from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import one_thread
 from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import open_store
-from curation.stages.embed import EmbedWorker
+from curation.stages.embed import EmbedConfig, EmbedWorker
 from curation.stages.tables import Part, read_parts
 
 MODEL, TINY = "vit_small_patch16_224", "deit_tiny_patch16_224"
@@ -85,7 +88,7 @@ def cpu() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def alone(cfg: Any, images: list[Path]) -> tuple[float, float]:
+def alone(cfg: EmbedConfig, images: list[Path]) -> tuple[float, float]:
     """Processor seconds an image of decoding and preparing alone, and of both models alone."""
     models = cfg.load()
     files = [path.read_bytes() for path in images]
@@ -131,13 +134,12 @@ class Files(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return self._semantic(image), self._copy(image)
 
 
-def plain(models: tuple[VectorModel, VectorModel], images: list[Path], batch: int) -> float:
+def plain(cfg: EmbedConfig, images: list[Path]) -> float:
     """Processor seconds an image of a DataLoader and both models in fp32, as torch runs them."""
-    for module in (module for model in models for module in model.net.modules()):
-        if type(module) is OneDnnLinear:
-            module.__class__ = torch.nn.Linear  # type: ignore[assignment]
+    with mock.patch.object(encoders, "ONEDNN_LINEAR", None):
+        models = replace(cfg, precision="fp32").load()
     began = cpu()
-    loader = torch.utils.data.DataLoader(Files(images, models), batch, num_workers=1)
+    loader = torch.utils.data.DataLoader(Files(images, models), cfg.batch, num_workers=1)
     with torch.inference_mode():
         for pair in loader:
             for model, pixels in zip(models, pair, strict=True):
@@ -169,7 +171,7 @@ def speed(folder: Path, images: list[Path]) -> int:
     cfg = pipeline.embed_config(recipe)
     ours, _ = end_to_end(recipe)
     decoding, models = alone(cfg, images)
-    loop = plain(replace(cfg, precision="fp32").load(), images, cfg.batch)
+    loop = plain(cfg, images)
     rows = {
         "end to end": ours,
         "decoding and resizing alone": decoding,
@@ -333,7 +335,8 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            chosen = found[:: max(1, len(found) // count)][:count]
+            spread = found[:: max(1, len(found) // count)]
+            chosen = list(islice(cycle(spread), count))
             pack(chosen, folder / "tars")
             (folder / "one").mkdir()
             (folder / "one" / chosen[0].name).symlink_to(chosen[0].resolve())

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from curation.cli import main
 
@@ -44,6 +46,15 @@ class Models:
     descriptor: Path
 
 
+def make_models(folder: Path) -> Models:
+    """The same ones every time."""
+    torch.manual_seed(0)
+    net = timm.create_model("test_vit", num_classes=0)
+    save_file(net.state_dict(), folder / "test_vit.safetensors")
+    torch.jit.script(GridDescriptor()).save(str(folder / "grid.torchscript.pt"))
+    return Models(folder / "test_vit.safetensors", folder / "grid.torchscript.pt")
+
+
 @dataclass
 class Project:
     """A folder with a recipe that tests change, run and look into."""
@@ -73,3 +84,36 @@ class Project:
         assert main(["lineage", str(self.run_folder), "--out", str(out)]) == 0
         rows: list[dict[str, Any]] = pq.read_table(out).to_pylist()
         return rows
+
+
+def make_project(
+    folder: Path,
+    models: Models,
+    pool: Iterable[int] = range(40),
+    curated: Iterable[int] = range(100, 106),
+    holdout: Iterable[int] = (),
+    **sections: Any,
+) -> Project:
+    """`pool` and `curated` pictures by seed, `holdout` if there are any, `sections` of a recipe."""
+    write_pictures(folder / "pool", pool)
+    write_pictures(folder / "curated", curated)
+    sources: dict[str, Any] = {
+        "pool": [{"uri": str(folder / "pool")}],
+        "curated": {"wanted": {"uri": str(folder / "curated")}},
+    }
+    if holdout:
+        write_pictures(folder / "holdout", holdout)
+        sources["holdout"] = {"test": {"uri": str(folder / "holdout")}}
+    recipe = {
+        "name": "test",
+        "output": str(folder / "run"),
+        "sources": sources,
+        "encoder": {"model": "test_vit", "weights": str(models.encoder)},
+        "copy_descriptor": {"weights": str(models.descriptor)},
+        "dedup": {"min_cosine": 0.95, "holdout_min_cosine": 0.9},
+        "cluster": {"k": 5},
+        "shards": {"images_per_shard": 8},
+        "resources": {"part_images": 16},
+    }
+    recipe.update(sections)
+    return Project(folder, recipe)

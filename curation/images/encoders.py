@@ -34,6 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # x (…, I), weight (O, I), bias (O,), "none", [], "" -> (…, O); None where torch has no oneDNN.
 ONEDNN_LINEAR: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+USUAL_ROWS = 4096  # tokens of a batch, about: what the order of packed weights suits best
 
 Pixels = npt.NDArray[np.uint8]
 Vectors = npt.NDArray[np.float32]
@@ -93,9 +94,18 @@ class VectorModel:
         return rows
 
 
-class OneDnnLinear(nn.Linear):
-    """fp32 products by oneDNN: torch's own ask MKL, which leaves AVX-512 unused on other makers'
-    processors."""
+class OneDnnLinear(nn.Module):
+    """A linear layer by oneDNN, its weights once in the order that its products read.
+
+    torch itself hands fp32 to MKL, which leaves AVX-512 unused on other makers' processors, and
+    orders bf16 weights anew for each product.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_ROWS)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         assert ONEDNN_LINEAR is not None
@@ -104,12 +114,18 @@ class OneDnnLinear(nn.Linear):
 
 def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
     """Chooses, in place, what computes the same faster on a processor."""
-    for module in net.modules():
-        if dtype == torch.float32 and type(module) is nn.Linear and ONEDNN_LINEAR:
-            module.__class__ = OneDnnLinear
+    can = dtype == torch.float32 or (dtype == torch.bfloat16 and bf16_by_onednn())
+    for module in list(net.modules()):
         if dtype == torch.bfloat16 and hasattr(module, "fused_attn"):
             # timm's: torch's own kernel takes twice as long in bf16
             module.fused_attn = False  # type: ignore[assignment]
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and can and ONEDNN_LINEAR:
+                setattr(module, name, OneDnnLinear(child))
+
+
+def bf16_by_onednn() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorModel:

@@ -5,6 +5,7 @@ writes its output to the store and returns counts. What a part did is in the sto
 """
 
 import contextlib
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from curation.runtime.events import Events, Progress
 from curation.runtime.store import DISK_FULL, StoreError
 
 Counts = dict[str, Any]
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 class Worker(Protocol):
@@ -58,6 +60,19 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep up to a gigabyte of what is freed.
+
+    A model frees and asks for the same tens of megabytes at every layer; given back to the system
+    each time they are cleared anew, up to a third of the time of a small model's batch.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 @contextlib.contextmanager

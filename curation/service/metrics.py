@@ -11,8 +11,9 @@ from prometheus_client.registry import Collector
 
 from curation.runtime.store import StoreError
 from curation.service import models
+from curation.service.catalog import RUNS, Catalog
 from curation.service.pretraining import Pretraining
-from curation.service.runs import RUNS, Catalog, NotThere, Run
+from curation.service.runs import NotThere, Run
 
 STATES = ("waiting", "running", "done", "failed", "stalled")
 GAUGES = {

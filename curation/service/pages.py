@@ -36,6 +36,7 @@ CHARTS = {
     "lr": "Learning rate",
 }
 PERCENT = ("knn_accuracy", "data_wait")
+READ = ["GET", "HEAD"]
 
 pages = APIRouter(include_in_schema=False, dependencies=[Depends(reads)])
 open_pages = APIRouter(include_in_schema=False)
@@ -96,7 +97,7 @@ def error_page(request: Request, status: int, text: str) -> HTMLResponse:
     return _page(request, "error.html.j2", status, text=text)
 
 
-@open_pages.get("/login")
+@open_pages.api_route("/login", methods=READ)
 def login_form(request: Request) -> Response:
     return _page(request, "login.html.j2", wrong=False)
 
@@ -127,14 +128,14 @@ def logout() -> Response:
     return answer
 
 
-@pages.get("/")
+@pages.api_route("/", methods=READ)
 def runs(request: Request, readers: Readers) -> Response:
     found = readers.catalog.summaries()
     live = "hx-request" in request.headers
     return _page(request, "_runs.html.j2" if live else "runs.html.j2", runs=found)
 
 
-@pages.get("/runs/{run}")
+@pages.api_route("/runs/{run}", methods=READ)
 def one_run(request: Request, run: str, readers: Readers) -> Response:
     """The whole page, or for htmx its part that changes."""
     live = "hx-request" in request.headers
@@ -160,7 +161,7 @@ def _charts(curves: models.Curves) -> list[Chart]:
     ]
 
 
-@pages.get("/runs/{run}/shards")
+@pages.api_route("/runs/{run}/shards", methods=READ)
 def shards(
     request: Request, run: str, readers: Readers, offset: Annotated[int, Query(ge=0)] = 0
 ) -> Response:
@@ -171,7 +172,7 @@ def shards(
     return _page(request, template, run=readers.catalog.run(run).summary(), shards=found, rows=ROWS)
 
 
-@pages.get("/runs/{run}/shards/{shard}")
+@pages.api_route("/runs/{run}/shards/{shard}", methods=READ)
 def one_shard(
     request: Request,
     run: str,
@@ -189,7 +190,7 @@ def one_shard(
     )
 
 
-@pages.get("/runs/{run}/images/{id}")
+@pages.api_route("/runs/{run}/images/{id}", methods=READ)
 def story(request: Request, run: str, id: str, readers: Readers) -> Response:
     found = readers.lineage.story(readers.catalog.run(run), id)
     return _page(
@@ -202,7 +203,7 @@ def story(request: Request, run: str, id: str, readers: Readers) -> Response:
     )
 
 
-@pages.get("/runs/{run}/images/{id}/nearest")
+@pages.api_route("/runs/{run}/images/{id}/nearest", methods=READ)
 def nearest(request: Request, run: str, id: str, readers: Readers) -> Response:
     found = readers.catalog.run(run)
     image = readers.lineage.first(found, id)
@@ -224,7 +225,7 @@ def _other(image: models.Image) -> str | None:
     return words[1] if named else None
 
 
-@pages.get("/runs/{run}/find")
+@pages.api_route("/runs/{run}/find", methods=READ)
 def find(
     request: Request,
     run: str,
@@ -265,7 +266,7 @@ def search(
     )
 
 
-@pages.get("/runs/{run}/report")
+@pages.api_route("/runs/{run}/report", methods=READ)
 def report(run: str, readers: Readers) -> Response:
     """The run's report as it was written, in a sandbox: it has no script, and may have none."""
     found = readers.catalog.run(run)

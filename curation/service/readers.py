@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 from curation.runtime.ray_jobs import RayJobs
 from curation.service.auth import Tokens
+from curation.service.catalog import Catalog
 from curation.service.jobs import CheckRecipe, Jobs
 from curation.service.lineage import LineageReader
 from curation.service.metrics import Requests, RunGauges
 from curation.service.pictures import Pictures, Show
-from curation.service.runs import Catalog
 from curation.service.search import Embed, Searcher
 from curation.service.shards import ShardReader
 

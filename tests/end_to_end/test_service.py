@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from held import held_run
 from served import Served, served
 
 from demo import images
@@ -82,16 +82,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def running(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "curation", "run", str(folder / "recipe.yaml"), "--ray", "off"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Embeds once somebody watches it: `folder / "go"`."""
+    process = held_run(folder / "recipe.yaml", folder / "go", subprocess.DEVNULL)
     yield process
     process.kill()
     process.wait()
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path, running: "subprocess.Popen[bytes]") -> Iterator[Served]:
+def service(folder: Path, running: subprocess.Popen[str]) -> Iterator[Served]:
     """Started when the run has begun: runs that come later are looked for every ten seconds."""
     while not (folder / "runs" / "photographs" / "status").exists():
         assert running.poll() is None
@@ -101,14 +101,19 @@ def service(folder: Path, running: "subprocess.Popen[bytes]") -> Iterator[Served
 
 
 @pytest.fixture
-def finished(service: Served, running: "subprocess.Popen[bytes]") -> Served:
+def finished(service: Served, running: subprocess.Popen[str], folder: Path) -> Served:
     """The service, when the run has come to its end."""
+    (folder / "go").touch()
     assert running.wait(240) == 0
     return service
 
 
 def test_progress_moves_without_a_reload(
-    browser: Any, service: Served, running: subprocess.Popen[bytes], tmp_path: Path
+    browser: Any,
+    service: Served,
+    running: subprocess.Popen[str],
+    folder: Path,
+    tmp_path: Path,
 ) -> None:
     show(browser, 1240, 1000)
     browser.get(service.url)
@@ -120,6 +125,7 @@ def test_progress_moves_without_a_reload(
     browser.execute_script("window.opened = true")
     embed = "document.querySelector('[data-stage=embed]')"
     until(browser, f"{embed}.dataset.state", lambda state: state == "running")
+    (folder / "go").touch()
     seen = set()
     while browser.execute_script(f"return {embed}.dataset.state") == "running":
         seen.add(browser.execute_script(f"return {embed}.querySelector('.n').textContent"))

@@ -3,12 +3,14 @@
 Every publish has two points where a run can die, before and after the rename, every delete one, and
 every block of edges that joins the union-find one. A run can also go on and copy its folder at many
 points: such a copy is what SIGKILL there would have left.
-The children are forked from a server that has the imports done: a run costs its work alone.
+The children are forked from a server that has run `curate` before: a run costs its work alone.
 """
 
 import contextlib
+import functools
 import gc
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -20,10 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from workbench import Project
 
-PRELOAD = ["curation.commands", "timm", "faiss", "torchvision", "pandas"]
-PRELOAD += ["warm"]
+
+@functools.cache
+def warm_server() -> multiprocessing.context.ForkServerContext:
+    """The server of these processes, which are forked when it has imported `warm`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["warm"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 tells it no sys.path
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,7 @@ class InTurn:
 
 def run_and_die(arguments: list[str], plan: Plan) -> None:
     """In the child: `curate` with small cells, dead at the `kill_at`-th point (never: 0)."""
+    assert "warm" in sys.modules
     with open(plan.folder / "log.txt", "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
@@ -122,15 +134,13 @@ class Mortal:
     def __init__(self, work: Project, rows: int = 24) -> None:
         self.work, self.rows = work, rows
         self.here_bytes = 1 << 30
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOAD)
         self.log = work.folder / "log.txt"
 
-    def run(self, kill_at: int = 0, copy_at: Collection[int] = ()) -> int:
+    def run(self, kill_at: int = 0, copy_at: Collection[int] = (), until: str = "report") -> int:
         """The exit status of `curate run`: -9 when it was killed."""
-        arguments = ["run", str(self.work.path), "--ray", "off"]
+        arguments = ["run", str(self.work.path), "--ray", "off", "--until", until]
         plan = Plan(self.rows, self.here_bytes, self.work.folder, kill_at, copy_at)
-        child = self._context.Process(target=run_and_die, args=(arguments, plan))
+        child = warm_server().Process(target=run_and_die, args=(arguments, plan))
         child.start()
         child.join(300)
         assert child.exitcode is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from finished import final_files
+from held import held_run
 from workbench import Project, write_pictures
 
 from curation.cli import main
@@ -18,30 +19,12 @@ from curation.runtime.events import Events
 from curation.runtime.status import stage_status
 from curation.runtime.store import FileStore
 
-# `curate` with an embed stage that lasts until it is told to go on.
-WAITING = """
-import sys, time
-from pathlib import Path
-from curation.cli import main
-from curation.stages import embed
-run = embed.run
-def wait(*given):
-    while not Path(sys.argv[1]).exists():
-        time.sleep(0.05)
-    return run(*given)
-embed.run = wait
-sys.exit(main(sys.argv[2:]))
-"""
-
 
 @pytest.fixture
 def waiting(project: Callable[..., Project]) -> Iterator[tuple[Project, subprocess.Popen[str]]]:
     """A run that is in its embed stage."""
     work = project(pool=range(10))
-    command = [sys.executable, "-c", WAITING, str(work.folder / "go"), "run", str(work.path)]
-    running = subprocess.Popen(
-        [*command, "--ray", "off"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    running = held_run(work.path, work.folder / "go")
     end = time.monotonic() + 120
     while not (work.run_folder / "status" / "embed.json").exists():
         assert time.monotonic() < end

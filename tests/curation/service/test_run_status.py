@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import served
+from served import served, write_metrics
 from workbench import Project
 
 from curation.runtime.status import STALLED_S
+from curation.service.catalog import Catalog
 from curation.service.client import ApiError, Client
-from curation.service.runs import Catalog, Run
+from curation.service.runs import Run
 
 # `curate` with an embed stage that lasts until it is killed.
 FOREVER = """
@@ -154,3 +155,10 @@ def test_a_run_is_shown_while_it_goes_on(
     work = project(pool=range(3))
     assert work.run("--ray", "off", "--serve", "0") == 0
     assert f"serving {work.run_folder} on http://127.0.0.1:" in capsys.readouterr().out
+
+
+def test_a_folder_with_a_tilde_hides_no_run(tmp_path: Path) -> None:
+    for path in ("a/b", "a~b"):
+        write_metrics(tmp_path / path)
+    found = {run.name: run.path for run in Catalog(str(tmp_path)).all()}
+    assert found == {"a~b": "a/b", "a~b~": "a~b"}

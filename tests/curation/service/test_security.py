@@ -294,20 +294,28 @@ def test_who_is_too_slow_is_cut_off(service: Served) -> None:
     body = b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n"
     again = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
     sent = [(b"GET /api/runs HT",), (), (body, b"t"), (again, b"GET /heal")]
-    took: list[float] = []
+    least = (10.0, 10.0, 30.0, 5.0)  # the last: how long a connection is kept after an answer
 
-    def cut_off(parts: tuple[bytes, ...]) -> bytes:
+    def cut_off(parts: tuple[bytes, ...]) -> tuple[bytes, float]:
         began = time.monotonic()
         answer = raw(service, *parts)
-        took.append(time.monotonic() - began)
-        return answer
+        return answer, time.monotonic() - began
 
     with ThreadPoolExecutor(len(sent)) as pool:
-        half_a_line, nothing, half_a_body, half_a_request = pool.map(cut_off, sent)
+        answers, took = zip(*pool.map(cut_off, sent), strict=True)
+    half_a_line, nothing, half_a_body, half_a_request = answers
     assert half_a_line == nothing == b""
     assert half_a_body.split(b" ", 2)[1] == b"408"
     assert half_a_request.count(b"200 OK") == 1
-    assert 4 < min(took) <= max(took) < 40
+    for seconds, expected in zip(took, least, strict=True):
+        assert expected - 0.5 < seconds < expected + 9
+
+
+@pytest.mark.parametrize("path", ["/", "/login", "/runs/birds", "/runs/birds/shards"])
+def test_a_page_can_be_asked_for_its_headers(service: Served, path: str) -> None:
+    head, whole = (httpx.request(method, service.url + path) for method in ("HEAD", "GET"))
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(whole.content))
 
 
 def test_no_token_is_in_a_log_or_an_error(guarded: Served) -> None:
