@@ -27,6 +27,7 @@ from curation.algorithms.products import (
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
 SAMPLE_PER_CELL = 64
 AXES = 192  # to begin with: fewer make hubs of cells that are near to all
+MORE_AXES = 64  # at a time, while those don't do
 FAR_ROWS = 0.15  # of all: those farthest from their nearest cell
 FAR_CELLS = 4  # times as many are asked in by them
 SPARE = 6  # cells compared in all dimensions, and a quarter of those asked for, beyond these
@@ -79,8 +80,9 @@ class Cells:
         return bool(self.axes.shape[1] == self.centroids.shape[1])
 
     def wider(self) -> "Cells":
-        """Looks along twice as many axes."""
-        return replace(self.along(self.centroids, 2 * self.axes.shape[1]), far=self.far)
+        """Looks along a few axes more."""
+        axes = self.axes.shape[1] + MORE_AXES
+        return replace(self.along(self.centroids, axes), far=self.far)
 
     def exact(self) -> "Cells":
         """Looks along all axes."""

@@ -71,7 +71,7 @@ def _haar() -> Callable[[Image.Image], list[Box]]:
         cascade = cv2.CascadeClassifier(path)
     except (ImportError, AttributeError):
         raise EncoderError(
-            "safety.faces.detector: haar needs OpenCV 4: pip install lvd[safety]"
+            "safety.faces.detector: haar needs OpenCV 4: pip install -e '.[safety]'"
         ) from None
     cv2.setNumThreads(1)
 

@@ -48,7 +48,9 @@ def packaged(cfg: FilterConfig) -> FilterConfig:
         return cfg
     spec = importlib.util.find_spec("nudenet")  # its code is not run, only its model is read
     if spec is None or spec.origin is None:
-        raise EncoderError("safety.filter.weights: nudenet is not installed: pip install lvd[nsfw]")
+        raise EncoderError(
+            "safety.filter.weights: nudenet is not installed: pip install -e '.[nsfw]'"
+        )
     file = str(Path(spec.origin).with_name("320n.onnx"))
     scale: dict[str, Any] = {"size": 320, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     return replace(cfg, weights=file, activation="none", unsafe=NUDENET_UNSAFE, **scale)
@@ -163,7 +165,7 @@ def onnx_session(weights: bytes, field: str) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise EncoderError(f"{field}: ONNX needs onnxruntime: pip install lvd[safety]") from None
+        raise EncoderError(f"{field}: ONNX needs onnxruntime: pip install -e '.[safety]'") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # as all maths of a worker
     try:

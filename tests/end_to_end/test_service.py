@@ -250,3 +250,14 @@ def test_the_keyboard_keeps_its_place_when_the_page_is_renewed(
     browser.execute_script("(window.card = document.querySelector('.card')).focus()")
     until(browser, "document.body.contains(window.card)", lambda there: not there, 30)
     assert browser.execute_script("return document.activeElement.className") == "card"
+
+
+def test_the_page_says_when_what_it_shows_may_be_old(browser: Any, tmp_path: Path) -> None:
+    banner = "document.getElementById('stale').hidden"
+    with served(tmp_path) as service:
+        browser.get(service.url)
+        port = str(service.address[1])
+        assert browser.execute_script(f"return {banner}")
+    until(browser, banner, lambda hidden: not hidden, 30)
+    with served(tmp_path, "--port", port):
+        until(browser, banner, bool, 30)
