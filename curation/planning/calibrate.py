@@ -42,6 +42,7 @@ from curation.stages.neighbour_workers import rows_of
 DIM = 384
 ROWS = 40_000  # made-up vectors
 QUERIES = 1024
+SEARCHED = (20_000, 80_000)  # of them, in whole searches
 BLOCKS = 500  # that one worker sends
 ARCHIVED = 2000  # images of an archive that is scanned
 SECONDS, RUNS = 2.0, 20  # for one figure, at most
@@ -156,20 +157,29 @@ def _vectors() -> dict[str, float]:
 
 
 def _search(recipe: Recipe, found: dict[str, float]) -> dict[str, float]:
-    """How many times as long as its products a search takes, by what was found so far."""
-    small_runs.self_join(_made_up(ROWS // 10))  # loads what it needs
-    took, facts = small_runs.self_join(_made_up(ROWS))
+    """Seconds that a search takes whatever its size, and how many times as long as its products.
+
+    By two searches, and by what was found so far.
+    """
     by_cells = recipe.search.model_copy(update={"exact_below": 0})
     asking = recipe.model_copy(update={"search": by_cells})
-    ask = Ask("copies", ROWS, ROWS, DIM, facts["nprobe"], itself=True)
 
-    def counted(overhead: float) -> float:
-        c = constants.shipped().updated({**found, "search_overhead": overhead})
-        sizes = Sizes(ROWS, dict.fromkeys(recipe.sources.curated, 0), {})
+    def counted(ask: Ask, overhead: float) -> float:
+        more = {"search_overhead": overhead, "search_start_s": 0.0}
+        c = constants.shipped().updated({**found, **more})
+        sizes = Sizes(ask.base, dict.fromkeys(recipe.sources.curated, 0), {})
         return sum(step.seconds for step in count_search(Job.of(asking, sizes, c), ask))
 
-    rest = counted(0)
-    return {"search_overhead": max(1.0, (took - rest) / (counted(1) - rest))}
+    small_runs.self_join(_made_up(SEARCHED[0] // 2))  # loads what it needs
+    beside, products = [], []  # seconds beside what has constants of its own, and of products
+    for rows in SEARCHED:
+        took, facts = small_runs.self_join(_made_up(rows))
+        ask = Ask("copies", rows, rows, DIM, facts["nprobe"], itself=True)
+        beside.append(took - counted(ask, 0))
+        products.append(counted(ask, 1) - counted(ask, 0))
+    overhead = max(0.0, (beside[1] - beside[0]) / (products[1] - products[0]))
+    start = max(0.0, beside[0] - overhead * products[0])
+    return {"search_overhead": overhead, "search_start_s": start}
 
 
 def _archive() -> bytes:

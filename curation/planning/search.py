@@ -52,7 +52,7 @@ def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
     yield Step(
         f"{name}: sample the queries",
         "driver",
-        sampled * load,
+        sampled * load + len(asks) * c["search_start_s"],
         read=sampled * row,
         gets=job.parts(sampled) * LOAD,
         together=REQUESTS,
