@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from pretrain.cli import main
 from pretrain.export import load_run
 
 TINY = """
@@ -26,6 +28,14 @@ watch: {log_every: 1, checkpoint_every: 2, keep: 9}
 def arguments(config: Path, images: Path, out: Path, *settings: str) -> list[str]:
     given = ["train", "--config", str(config), "--shards", str(images), "--out", str(out)]
     return [*given, *(part for one in settings for part in ("--set", one))]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
+    """What `pretrain` says of a user's mistake."""
+    assert main(list(command)) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
 
 
 def lines(run: Path) -> list[dict[str, float]]:
