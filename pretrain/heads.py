@@ -66,7 +66,7 @@ class ProjectionHead(nn.Module):
             return criterion(features, (last.weight_v, last.weight_g))
         weight, factor = factored(last.weight_v, last.weight_g / lengths(last.weight_v))
         if factor is not None and is_sharded(self):
-            weight, factor = weight * factor, None
+            weight = weight.clone()
         return Scores(features, weight, factor)
 
 

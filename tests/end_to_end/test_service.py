@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Embeds once somebody watches it: `folder / "go"`."""
-    process = held_run(folder / "recipe.yaml", folder / "go", subprocess.DEVNULL)
+    process = held_run(folder / "recipe.yaml", folder / "go", subprocess.DEVNULL, 1.0)
     yield process
     process.kill()
     process.wait()
