@@ -42,7 +42,7 @@ from curation.stages.neighbour_workers import rows_of
 DIM = 384
 ROWS = 40_000  # made-up vectors
 QUERIES = 1024
-SEARCHED = (20_000, 80_000)  # of them, in whole searches
+SEARCHED = (40_000, 160_000)  # of them, in whole searches
 BLOCKS = 500  # that one worker sends
 ARCHIVED = 2000  # images of an archive that is scanned
 SECONDS, RUNS = 2.0, 20  # for one figure, at most
