@@ -34,7 +34,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # x (…, I), weight (O, I), bias (O,), "none", [], "" -> (…, O); None where torch has no oneDNN.
 ONEDNN_LINEAR: Callable[..., Tensor] | None = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-USUAL_ROWS = 4096  # tokens of a batch, about: what the order of packed weights suits best
 
 Pixels = npt.NDArray[np.uint8]
 Vectors = npt.NDArray[np.float32]
@@ -94,18 +93,12 @@ class VectorModel:
         return rows
 
 
-class OneDnnLinear(nn.Module):
-    """A linear layer by oneDNN, its weights once in the order that its products read.
+class OneDnnLinear(nn.Linear):
+    """Products by oneDNN: torch itself gives those in fp32 to MKL, which leaves AVX-512 unused on
+    other makers' processors, and those of large batches in bf16 to slower ones of oneDNN.
 
-    torch itself hands fp32 to MKL, which leaves AVX-512 unused on other makers' processors, and
-    orders bf16 weights anew for each product.
+    Weights stay as they are, since some of timm's models use them without calling the layer.
     """
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), USUAL_ROWS)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         assert ONEDNN_LINEAR is not None
@@ -114,18 +107,17 @@ class OneDnnLinear(nn.Module):
 
 def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
     """Chooses, in place, what computes the same faster on a processor."""
-    can = dtype == torch.float32 or (dtype == torch.bfloat16 and bf16_by_onednn())
-    for module in list(net.modules()):
+    can = dtype == torch.float32 or (dtype == torch.bfloat16 and _bf16_by_onednn())
+    for module in net.modules():
+        if type(module) is nn.Linear and can and ONEDNN_LINEAR:
+            module.__class__ = OneDnnLinear
         if dtype == torch.bfloat16 and hasattr(module, "fused_attn"):
             # timm's: torch's own kernel takes twice as long in bf16
             module.fused_attn = False  # type: ignore[assignment]
-        for name, child in module.named_children():
-            if type(child) is nn.Linear and can and ONEDNN_LINEAR:
-                setattr(module, name, OneDnnLinear(child))
 
 
-def bf16_by_onednn() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def _bf16_by_onednn() -> bool:
+    return ONEDNN_LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_semantic(model: str, weights: bytes | None, precision: str) -> VectorModel:

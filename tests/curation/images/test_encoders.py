@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from workbench import Models, picture
@@ -45,6 +46,18 @@ def test_a_timm_model_gives_timms_features(models: Models, precision: str, off: 
         wanted = net.eval()(torch.from_numpy((batch / np.float32(255) - mean) / std)).numpy()
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     np.testing.assert_allclose(ours(batch), wanted, atol=off)
+
+
+def test_a_model_that_uses_weights_without_their_layer() -> None:
+    torch.manual_seed(0)
+    name = "eva02_tiny_patch14_224"
+    plain = timm.create_model(name, num_classes=0).eval()
+    model = load_semantic(name, save(plain.state_dict()), "fp32")
+    pixels = model.prepare(picture(3, 300, 300))[None]
+    scaled = (torch.from_numpy(pixels) - model._mean) / model._std
+    with torch.inference_mode():
+        true = torch.nn.functional.normalize(plain(scaled), dim=1).numpy()
+    np.testing.assert_allclose(model(pixels), true, atol=1e-5)
 
 
 def test_the_flop_of_a_loaded_model_are_those_of_timms() -> None:
