@@ -10,9 +10,9 @@ import pyarrow as pa
 VERSIONS = {
     "ingest": 1,
     "embed": 3,
-    "dedup": 1,
+    "dedup": 2,
     "cluster": 2,
-    "retrieve": 1,
+    "retrieve": 2,
     "shards": 1,
     "lineage": 3,
     "report": 4,

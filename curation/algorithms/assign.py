@@ -16,6 +16,7 @@ import torch
 from curation.algorithms import bounds
 from curation.algorithms.bounds import Bounds, Call, Columns, Moves
 from curation.algorithms.products import (
+    NOTHING,
     ROUNDED,
     TILE_ROWS,
     Doubles,
@@ -120,12 +121,14 @@ class Assigner:
 
     def _try(self, rows: Floats, chosen: Ints, far: Ids, moved: Floats) -> None:
         """Scores the centroids `far` for some rows; those that come near are remembered."""
-        to = self._columns[self._now]
+        known, to, call = self._known, self._columns[self._now], self._call()
         products = Products(to.centroids[far], to.small[far])
-        state = (far, moved, rows, to, self._known, self._call())
+        state = (far, moved, rows, to, known, call)
 
         def tile(mine: Ints, here: Floats) -> None:
-            bounds.offer(mine, products.scores(here), *state)
+            floors = bounds.floors(mine, known, call)
+            at_row, at_column = products.reaching(here, floors, NOTHING)
+            bounds.offer(mine, at_row, at_column, *state)
 
         _each_chosen(rows, chosen, products.tile_rows, tile)
 

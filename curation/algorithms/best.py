@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints, each_tile
+from curation.algorithms.products import Floats, Ints, each_tile, precedes
 
 NONE = -1  # the number of a neighbour that isn't there
 TILE_ROWS = 4096
@@ -40,7 +40,7 @@ class Best:
 @numba.njit(nogil=True, cache=True)
 def offer(score: Floats, number: Ints, new_score: np.float32, new_number: int, again: bool) -> None:
     """Offers one pair to a heap (k,); `again`: the heap may hold that number already."""
-    if not _better(new_score, new_number, score[0], number[0]):
+    if not precedes(new_score, new_number, score[0], number[0]):
         return
     if again:
         for slot in range(number.size):
@@ -57,20 +57,15 @@ def _sift(score: Floats, number: Ints, size: int, new_score: np.float32, new_num
         child = 2 * place + 1
         if child >= size:
             break
-        if child + 1 < size and _better(
+        if child + 1 < size and precedes(
             score[child], number[child], score[child + 1], number[child + 1]
         ):
             child += 1
-        if _better(score[child], number[child], new_score, new_number):
+        if precedes(score[child], number[child], new_score, new_number):
             break
         score[place], number[place] = score[child], number[child]
         place = child
     score[place], number[place] = new_score, new_number
-
-
-@numba.njit(nogil=True, cache=True)
-def _better(score: np.float32, number: int, other_score: np.float32, other_number: int) -> bool:
-    return bool(score > other_score or (score == other_score and number < other_number))
 
 
 @numba.njit(nogil=True, cache=True)

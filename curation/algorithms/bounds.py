@@ -133,10 +133,20 @@ def remember(
         _settle_row(i, rows, to, known, call.slack)
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
+@numba.njit(nogil=True, cache=True)
+def floors(chosen: Ints, known: Bounds, call: Call) -> Floats:
+    """What fast scores of chosen rows (n,) must reach to beat a near one (n,)."""
+    out = np.empty(chosen.size, np.float32)
+    for row in range(chosen.size):
+        out[row] = known.score[chosen[row]].min() - call.fast_slack
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
 def offer(
     chosen: Ints,
-    scores: Floats,
+    at_row: Ids,
+    at_column: Ids,
     columns: Ids,
     moved: Floats,
     rows: Floats,
@@ -146,30 +156,21 @@ def offer(
 ) -> None:
     """Puts columns that beat a near one of a row in its place; the bound covers what it loses.
 
-    `moved` (k,): how far each centroid is from where it was when all were compared. It may go back,
-    and what is left out now scores as much more then.
+    Offered are pairs (p,) of a row of `chosen` and one of `columns`, in order of rows. `moved`
+    (k,): how far each centroid is from where it was when all were compared. It may go back, and
+    what is left out now scores as much more then.
     """
-    for row in range(chosen.size):
-        i = chosen[row]
-        worst = np.argmin(known.score[i])
-        largest = scores[row, 0]
-        for j in range(scores.shape[1]):
-            largest = max(largest, scores[row, j])
-        if largest <= known.score[i, worst] - call.fast_slack:
-            continue
-        for place in range(scores.shape[1]):
-            j = columns[place]
-            if scores[row, place] <= known.score[i, worst] - call.fast_slack or _holds(
-                known.near[i], j
-            ):
-                continue
+    for pair in range(at_row.size):
+        i, j = chosen[at_row[pair]], columns[at_column[pair]]
+        if not _holds(known.near[i], j):
             score = fast_dot(rows[i], to.centroids[j]) + to.small[j]
+            worst = np.argmin(known.score[i])
             if score > known.score[i, worst]:
                 left_out = known.score[i, worst] + moved[known.near[i, worst]]
                 known.rest[i] = max(known.rest[i], left_out)
                 known.near[i, worst], known.score[i, worst] = j, score
-                worst = np.argmin(known.score[i])
-        _settle_row(i, rows, to, known, call.slack)
+        if pair + 1 == at_row.size or at_row[pair + 1] != at_row[pair]:
+            _settle_row(i, rows, to, known, call.slack)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -10,7 +10,7 @@ from curation.algorithms.assign import Assigner, assign
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.lloyd import Assign, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import Floats, Ints, each_tile, exact_dot
-from curation.algorithms.search import Base, Queries, Visits, search
+from curation.algorithms.search import Base, Rows, Visits, search
 
 SAMPLE_PER_GROUP = 32
 ITERATIONS = 6
@@ -45,7 +45,7 @@ class Groups:
         groups = _centroids(centroids[chosen], count, rng)
         group = Assigner()(centroids, groups)
         used, group = np.unique(group, return_inverse=True)
-        base = Base.of(centroids, np.arange(len(centroids)), group, len(used))
+        base = Base.of(Rows(centroids, np.arange(len(centroids))), group, len(used))
         return cls(base, groups[used], min(4, len(used)))._with_beam(rows, centroids)
 
     def _with_beam(self, sample: Floats, centroids: Floats) -> "Groups":
@@ -66,15 +66,14 @@ class Groups:
         found = Neighbours(
             np.empty((len(rows), count), np.float32), np.empty((len(rows), count), np.int64)
         )
-        whole = Base.in_order(
-            self.groups, np.arange(len(self.groups)), np.array([0, len(self.groups)])
-        )
+        groups = Rows(self.groups, np.arange(len(self.groups)))
+        whole = Base.in_order(groups, np.array([0, len(groups)]))
 
         def tile(start: int, stop: int) -> None:
-            asked = Queries(rows[start:stop], np.arange(stop - start))
-            groups, best = Best(stop - start, self.beam), Best(stop - start, count)
-            search(asked, Visits.of(np.zeros((stop - start, 1), np.int64), 1), whole, groups)
-            search(asked, Visits.of(groups.number, len(self.groups)), self.base, best)
+            asked = Rows(rows[start:stop], np.arange(stop - start))
+            near, best = Best(stop - start, self.beam), Best(stop - start, count)
+            search(asked, Visits.of(np.zeros((stop - start, 1), np.int64), 1), whole, near)
+            search(asked, Visits.of(near.number, len(self.groups)), self.base, best)
             nearest = best.sorted()
             found.score[start:stop], found.number[start:stop] = nearest.score, nearest.number
 

@@ -19,7 +19,7 @@ from curation.algorithms.best import Best, Neighbours, offer
 from curation.algorithms.kmeans import fit
 from curation.algorithms.knn import RecallError, Search, exact, recall
 from curation.algorithms.products import Floats, Ints, check_finite, each_tile, fast_dot
-from curation.algorithms.search import Queries
+from curation.algorithms.search import Rows
 
 BITS = 4
 WIDTH = 4  # components a code
@@ -83,7 +83,7 @@ class IvfPq:
         """
         rows = np.ascontiguousarray(rows, np.float32)
         check_finite(rows)
-        base = Queries(rows, numbers)
+        base = Rows(rows, numbers)
         if not self.lists or len(rows) < TRAINING_ROWS << BITS or not len(sample):
             return Slab(None, base, k)
         slab = Slab(self._index(rows), base, k)
@@ -123,7 +123,7 @@ class IvfPq:
 class Slab:
     """An index of some rows with their numbers; none where comparing all is as good."""
 
-    def __init__(self, index: Any, base: Queries, k: int) -> None:
+    def __init__(self, index: Any, base: Rows, k: int) -> None:
         self._index, self._base, self._k = index, base, k
         self.nprobe, self.factor = 1, FACTORS[0]
 
@@ -132,10 +132,10 @@ class Slab:
 
         Held meanwhile for each thread: 256 queries' candidates, at most 256 k of 12 bytes each.
         """
-        if not len(self._base.rows) or self._index is None:
+        if not len(self._base) or self._index is None:
             return exact(_unnumbered(queries), [self._base], Search(self._k))
         best = Best(len(queries), self._k)
-        wide, count = _padded(queries), min(self._k * self.factor, len(self._base.rows))
+        wide, count = _padded(queries), min(self._k * self.factor, len(self._base))
         how: Any = faiss.SearchParametersIVF()
         how.nprobe = self.nprobe
 
@@ -143,7 +143,7 @@ class Slab:
             with _faiss_threads(1):
                 _, at = self._index.search(wide[start:stop], count, params=how)
             state = (best.score[start:stop], best.number[start:stop])
-            _rescore(queries[start:stop], self._base.rows, self._base.numbers, at, *state)
+            _rescore(queries[start:stop], self._base.vectors, self._base.numbers, at, *state)
 
         each_tile(len(queries), TILE_QUERIES, tile)
         found = best.sorted()
@@ -165,8 +165,8 @@ def _faiss_threads(count: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before)
 
 
-def _unnumbered(queries: Floats) -> Queries:
-    return Queries(queries, np.empty(0, np.int64))
+def _unnumbered(queries: Floats) -> Rows:
+    return Rows(queries, np.empty(0, np.int64))
 
 
 def _padded(rows: Floats) -> Floats:

@@ -17,7 +17,7 @@ from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
 from curation.algorithms.crowds import ALIKE, without_crowds
 from curation.algorithms.products import Floats, Ids, Ints, check_finite
-from curation.algorithms.search import Base, Queries, Twins, Visits, search
+from curation.algorithms.search import Base, Rows, Twins, Visits, search
 
 Bools = npt.NDArray[np.bool_]
 Hashes = npt.NDArray[np.uint64]
@@ -89,26 +89,27 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     kept = first_of_equal(base) if what.itself else np.arange(len(base))
     distinct = np.flatnonzero(kept == np.arange(len(base)))
     rows = base if len(distinct) == len(base) else base[distinct]
-    plan = fit_cells(rows, rng)
+    cells = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
     sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
-    sample = Queries(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
-    truth = exact(sample, [Queries(rows, distinct)], what)
+    sample = Rows(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
+    held = Rows(rows, distinct)
+    truth = exact(sample, [held], what)
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
-    pairs = Pairs.of(must, base, plan)
-    cells, nprobe = choose_nprobe(plan, sample.rows, pairs, what)
+    nprobe = choose_nprobe(cells, sample.vectors, Pairs.of(must, base, cells), what)
     best = Best(len(queries), what.k, what.min_score)
     if what.itself:
         way = _way(cells, rows, nprobe)
-        cell = way[:, 0].astype(np.int64) if cells is plan else plan.assign(rows)
+        cell = way[:, 0].astype(np.int64)
         cell[~standing(rows, cell, len(cells), what)] = NONE
-        whole = Base.of(rows, distinct, cell, len(cells))
-        _ask(Queries(queries, np.arange(len(queries))), distinct, way, whole, best)
+        whole = Base.of(held, cell, len(cells))
+        all_of = held if rows is base else Rows(base, np.arange(len(base)))
+        _ask(all_of, distinct, way, whole, best)
     else:
         way = _way(cells, queries, nprobe)
-        whole = Base.of(rows, distinct, plan.assign(rows), len(cells))
-        _ask(Queries(queries, np.empty(0, np.int64)), asking, way, whole, best)
+        whole = Base.of(held, cells.assign(rows), len(cells))
+        _ask(Rows(queries, np.empty(0, np.int64)), asking, way, whole, best)
     found = best.sorted()
     measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
@@ -131,12 +132,12 @@ def _way(cells: Cells, rows: Floats, nprobe: int) -> Ids:
     return np.concatenate([cells.way(rows[at : at + CHUNK_ROWS], nprobe) for at in chunks])
 
 
-def _ask(queries: Queries, asking: Ints, way: Ids, base: Base, best: Best) -> None:
-    """Queries at positions `asking` (a,) search the cells (a, p), a chunk of them at a time.
+def _ask(queries: Rows, asking: Ints, way: Ids, base: Base, best: Best) -> None:
+    """Rows at positions `asking` (a,) search the cells (a, p), a chunk of them at a time.
 
     If queries have numbers, they are of the base, and the best of each is at its number.
     """
-    twins = Twins(best, base.numbers) if len(queries.numbers) else None
+    twins = Twins(best, base.rows.numbers) if len(queries.numbers) else None
     for start in range(0, len(way), CHUNK_ROWS):
         visits = Visits.of(way[start : start + CHUNK_ROWS], len(base.starts) - 1)
         chosen = asking[start : start + CHUNK_ROWS][visits.queries]
@@ -192,16 +193,16 @@ def fit_cells(base: Floats, rng: np.random.Generator) -> Cells:
     return Cells.fit(base[chosen], cell_count(len(base)), rng)
 
 
-def exact(queries: Queries, base: Iterable[Queries], what: Search) -> Neighbours:
+def exact(queries: Rows, base: Iterable[Rows], what: Search) -> Neighbours:
     """The true neighbours of a few queries (n), by comparing them with all blocks of the base."""
-    best = Best(len(queries.rows), what.k, what.min_score)
+    best = Best(len(queries), what.k, what.min_score)
     for block in base:
-        starts = np.r_[np.arange(0, len(block.rows), EXACT_ROWS), len(block.rows)]
-        whole = Base.in_order(block.rows, block.numbers, starts)
-        everywhere = np.tile(np.arange(len(starts) - 1), (len(queries.rows), 1))
+        starts = np.r_[np.arange(0, len(block), EXACT_ROWS), len(block)]
+        whole = Base.in_order(block, starts)
+        everywhere = np.tile(np.arange(len(starts) - 1), (len(queries), 1))
         visits = Visits.of(everywhere, len(starts) - 1)
         # A heap that no one reads takes the other direction, so that no row meets itself.
-        itself = Twins(Best(len(block.rows), 1, np.inf), np.arange(len(block.rows)))
+        itself = Twins(Best(len(block), 1, np.inf), np.arange(len(block)))
         search(queries, visits, whole, best, itself if what.itself else None)
     return best.sorted()
 
@@ -223,30 +224,27 @@ class Pairs:
         return cls(query, cells.assign(rows), rows)
 
 
-def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> tuple[Cells, int]:
-    """The smallest nprobe by which sampled queries (s, D) meet their neighbours, and its cells.
+def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> int:
+    """The smallest nprobe by which sampled queries (s, D) meet their neighbours.
 
     Errors: RecallError when more than LONGEST_WAY cells would be needed.
     """
     if len(cells) <= FEW_CELLS:
-        return cells.exact(), len(cells)
+        return len(cells)
     if not len(pairs.query):
-        return cells, LEAST
-    back = cells.assign(sample)[pairs.query]  # where these cells, not wider ones, have put them
-    while True:
-        nprobe = LEAST
-        while nprobe <= LONGEST_WAY:
-            met = _met(cells, sample, pairs.query, pairs.cell, nprobe)
-            if what.itself:
-                met |= _met(cells, pairs.rows, np.arange(len(back)), back, nprobe)
-            if _surely(met, pairs.query) >= what.target_recall:
-                return cells, nprobe
-            nprobe += max(1, nprobe // STEP)
-        if cells.is_exact:
-            raise RecallError(
-                f"recall {what.target_recall} needs more than {LONGEST_WAY} of {len(cells)} cells"
-            )
-        cells = cells.wider()
+        return LEAST
+    back = cells.assign(sample)[pairs.query]
+    nprobe = LEAST
+    while nprobe <= LONGEST_WAY:
+        met = _met(cells, sample, pairs.query, pairs.cell, nprobe)
+        if what.itself:
+            met |= _met(cells, pairs.rows, np.arange(len(back)), back, nprobe)
+        if _surely(met, pairs.query) >= what.target_recall:
+            return nprobe
+        nprobe += max(1, nprobe // STEP)
+    raise RecallError(
+        f"recall {what.target_recall} needs more than {LONGEST_WAY} of {len(cells)} cells"
+    )
 
 
 def _surely(met: Bools, query: Ints) -> float:

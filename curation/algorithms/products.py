@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from curation.algorithms import scans
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -27,9 +29,9 @@ SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 SQUARES_TILE = 8192
 TILE_ROWS = 1024  # what fits a core's cache with its scores
 DEVICE_SCORES = 1 << 26  # of a tile on a GPU: 0.6 GB with what they are made from
-INSERTED = 128  # up to so many of the largest are found by insertion
 PAD = 64
-CHUNK = 32  # scores whose largest is looked at before any of them
+
+NOTHING = np.empty(0, np.float32)
 
 _scratch = threading.local()
 
@@ -55,24 +57,29 @@ def fast_device() -> torch.device | None:
 
 
 class Products:
-    """Scores of rows against fixed `columns` (m, D): row . column + bias, in fp32.
+    """Scores of rows against fixed `columns` (m, D): row . column + bias.
 
     `slack` bounds what a score can be off for rows of norm 1. On a GPU the scores stay there, and
     only what was asked for comes back.
     """
 
     def __init__(
-        self, columns: Floats, bias: Floats | None = None, dtype: torch.dtype | None = None
+        self,
+        columns: Floats | torch.Tensor,
+        bias: Floats | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._device = fast_device()
         self._dtype = dtype or fast_dtype()
-        self._count, self._pad = len(columns), self._device is None and self._dtype != torch.float32
-        self._columns = torch.from_numpy(columns).to(self._device, self._dtype)
+        self._exact, self._count = columns, len(columns)
+        self._pad = self._device is None and self._dtype != torch.float32
+        self._columns = torch.as_tensor(columns).to(self._device, self._dtype)
+        norms = torch.linalg.vector_norm(self._columns, dim=1, dtype=torch.float32)
+        longest = float(norms.max()) * (1 + SLACK[self._dtype]) if self._count else 0.0
         if self._pad:
             self._columns = _padded(self._columns, self._dtype)
         none = bias is None or not bias.any()
         self._bias = None if none else torch.from_numpy(bias).to(self._device)
-        longest = float(np.sqrt(np.einsum("md,md->m", columns, columns).max(initial=0.0)))
         self.slack = SLACK[self._dtype] * longest
 
     @property
@@ -83,57 +90,89 @@ class Products:
         return max(1, DEVICE_SCORES // self._count)
 
     def scores(self, rows: Floats) -> Floats:
-        """(n, m) scores of rows (n, D): this thread's scratch memory, valid until its next call."""
-        scores: Floats = self._scores(rows).numpy(force=True)
+        """(n, m) scores of rows (n, D) in fp32: good until this thread's next call."""
+        scores: Floats = self._scores(rows)[:, : self._count].float().numpy(force=True)
         return scores
 
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
         count, scores = min(count, self._count), self._scores(rows)
-        if self._device is None and count <= INSERTED:
-            best = np.empty((len(rows), count), np.float32)
-            at = np.empty((len(rows), count), np.int32)
-            _top(scores.numpy(), best, at)
-            return best, at
-        largest, places = scores.topk(count, dim=1)
+        if self._device is None and count <= scans.INSERTED:
+            best, at = scans.top(scans.keys(scores), self._count, count)
+            return scans.scores_of(best), at
+        largest, places = scores[:, : self._count].float().topk(count, dim=1)
         return largest.numpy(force=True), places.to(torch.int32).numpy(force=True)
 
-    def reaching(self, rows: Floats, floors: Floats, others: Floats) -> tuple[Ids, Ids]:
+    def nearest(self, rows: Floats, count: int) -> tuple[Floats, Ints]:
+        """The min(count, m) columns of largest product with rows (n, D), largest first, of equal
+        ones the smaller number: products in fp32, and numbers (n, t). For rows of norm 1 and no
+        bias. What products in another precision leave in doubt is compared in fp32.
+        """
+        count, scores = min(count, self._count), self._scores(rows)
+        if self._device is None:
+            found = scans.keys(scores)
+            least = scans.scores_of(scans.floors_of_top(found, self._count, count))
+            floors_of_rows = least - 2 * np.float32(self.slack)
+            at_row, at_column = self._reaching(found, floors_of_rows, NOTHING)
+        else:
+            floors = scores.topk(count, dim=1)[0][:, -1:] - 2 * self.slack
+            at_row, at_column = _on_device(scores >= floors)
+        score = np.empty((len(rows), count), np.float32)
+        number = np.empty((len(rows), count), np.int64)
+        exact = np.asarray(self._exact)
+        _rank(rows, exact, at_row, at_column, score, number)
+        return score, number
+
+    def reaching(
+        self, rows: Floats | torch.Tensor, floors: Floats, others: Floats
+    ) -> tuple[Ids, Ids]:
         """Positions of row and column (p,) of the scores that reach a floor of either.
 
-        `floors` (n,) are of the rows, `others` (m,) of the columns, or empty: then only the rows'
-        count. In this thread's scratch memory, valid until its next call.
+        `floors` (n,) are of the first n rows, `others` (m,) of the first m columns, or empty: then
+        only the rows' count. In this thread's scratch memory, valid until its next call.
         """
-        scores = self._scores(rows)
+        scores = self._scores(rows)[: len(floors)]
         if self._device is None:
-            shape = (scores.shape[0], scores.shape[1])
-            found = _buffer("row", shape, torch.int32).numpy().ravel()
-            columns = _buffer("column", shape, torch.int32).numpy().ravel()
-            count = _reaching(scores.numpy(), floors, others, found, columns)
-            return found[:count], columns[:count]
+            return self._reaching(scans.keys(scores), floors, others)
+        scores = scores[:, : len(others) or self._count]
         reached = scores >= torch.from_numpy(floors).to(self._device)[:, None]
         if len(others):
             reached |= scores >= torch.from_numpy(others).to(self._device)
-        row, column = reached.nonzero(as_tuple=True)
-        as_ids = (one.to(torch.int32).numpy(force=True) for one in (row, column))
-        return next(as_ids), next(as_ids)
+        return _on_device(reached)
 
-    def _scores(self, rows: Floats) -> torch.Tensor:
-        left = torch.from_numpy(rows).to(self._device)
+    def _reaching(self, found: scans.Keys, floors: Floats, others: Floats) -> tuple[Ids, Ids]:
+        columns = len(others) or self._count
+        shape = (len(found), columns)
+        at_row, at_column = (
+            _buffer(name, shape, torch.int32).numpy().ravel() for name in ("row", "column")
+        )
+        of_rows, of_columns = (scans.floors_of(some, found.dtype) for some in (floors, others))
+        count = scans.reaching(found, columns, of_rows, of_columns, at_row, at_column)
+        return at_row[:count], at_column[:count]
+
+    def _scores(self, rows: Floats | torch.Tensor) -> torch.Tensor:
+        """(n, m), in bf16 some more that mean nothing; in this thread's scratch memory."""
+        left = torch.as_tensor(rows).to(self._device)
         if self._device is not None:
             scores = (left.to(self._dtype) @ self._columns.T).float()
             return scores if self._bias is None else scores + self._bias
-        out = _buffer("scores", (len(rows), self._count), torch.float32)
         if self._pad:
-            whole = torch.mm(_padded(left, self._dtype), self._columns.T)
-            out.copy_(whole[: len(rows), : self._count])
-        elif _mkldnn_linear and len(rows) == TILE_ROWS and self._count:
+            left = _padded(left, self._dtype)
+            out = _buffer("scores", (len(left), len(self._columns)), self._dtype)
+            whole = torch.mm(left, self._columns.T, out=out)[: len(rows)]
+            return whole if self._bias is None else whole[:, : self._count] + self._bias
+        if _mkldnn_linear and len(rows) == TILE_ROWS and self._count:
             out = _mkldnn_linear(left, self._columns, None, "none", [], "")
         else:
+            out = _buffer("scores", (len(rows), self._count), torch.float32)
             torch.mm(left, self._columns.T, out=out)
-        if self._bias is not None:
-            out += self._bias
-        return out
+        return out if self._bias is None else out.add_(self._bias)
+
+
+def _on_device(reached: torch.Tensor) -> tuple[Ids, Ids]:
+    """Rows and columns (p,) of what is true (n, m)."""
+    row, column = (place.to(torch.int32).numpy(force=True) for place in reached.nonzero().T)
+    return row, column
 
 
 def _padded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -149,19 +188,43 @@ def _padded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """Memory that a thread uses again: fresh pages for every tile would cost more than the sums."""
-    have = getattr(_scratch, name, None)
+    kept = f"{name} {dtype}"
+    have = getattr(_scratch, kept, None)
     if have is None or have.numel() < shape[0] * shape[1]:
         have = torch.empty(shape[0] * shape[1], dtype=dtype)
-        setattr(_scratch, name, have)
+        setattr(_scratch, kept, have)
     flat: torch.Tensor = have
     return flat[: shape[0] * shape[1]].view(shape)
 
 
-def gathered(rows: Floats, chosen: Ints, name: str = "rows") -> Floats:
-    """rows[chosen] in this thread's scratch memory, valid until its next call by that name."""
-    out: Floats = _buffer(name, (len(chosen), rows.shape[1]), torch.float32).numpy()
+def gathered(rows: Floats, chosen: Ints) -> Floats:
+    """rows[chosen] in this thread's scratch memory, valid until its next call."""
+    out: Floats = _buffer("rows", (len(chosen), rows.shape[1]), torch.float32).numpy()
     np.take(rows, chosen, axis=0, out=out, mode="clip")
     return out
+
+
+def rounded(rows: Floats) -> torch.Tensor:
+    """Rows (n, D) as products take them fastest: in bf16, or themselves."""
+    if fast_dtype() == torch.float32:
+        return torch.from_numpy(rows)
+    out = torch.empty(rows.shape, dtype=fast_dtype())
+
+    def tile(start: int, stop: int) -> None:
+        out[start:stop] = torch.from_numpy(rows[start:stop])
+
+    each_tile(len(rows), SQUARES_TILE, tile)
+    return out
+
+
+def chosen_of(rows: torch.Tensor, chosen: Ints, name: str) -> torch.Tensor:
+    """rows[chosen], and some more rows up to a multiple of PAD, in this thread's scratch memory:
+    valid until its next call by that name."""
+    at = _buffer(f"{name} at", (len(chosen) + -len(chosen) % PAD, 1), torch.int64)[:, 0]
+    at.numpy()[: len(chosen)] = chosen
+    at[len(chosen) :] = 0
+    out = _buffer(name, (len(at), rows.shape[1]), rows.dtype)
+    return torch.index_select(rows, 0, at, out=out)
 
 
 def each_tile(count: int, tile: int, work: Callable[[int, int], None]) -> None:
@@ -266,69 +329,27 @@ def fast_dot(left: Floats, right: Floats) -> np.float32:
 
 
 @numba.njit(nogil=True, cache=True)
-def _insert(score: float, column: int, best: Floats, at: Ids, filled: int) -> int:
-    place = min(filled, best.size - 1)
-    while place > 0 and best[place - 1] < score:
-        best[place], at[place] = best[place - 1], at[place - 1]
-        place -= 1
-    best[place], at[place] = score, column
-    return min(filled + 1, best.size)
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
-def top_of_row(scores: Floats, best: Floats, at: Ids) -> int:
-    """Writes the largest scores of one row (m,) into `best` (t,) and `at` (t,), falling.
-
-    Equal scores keep the order of their columns. Returns how many there were, at most t.
-    """
-    size, filled = best.size, 0
-    chunks = scores.size // CHUNK
-    floor = np.float32(-np.inf)
-    if chunks > size:  # the t-th largest of the chunks' largest: t scores are not below it
-        peaks = np.empty(chunks, np.float32)
-        for c in range(chunks):
-            peak = scores[c * CHUNK]
-            for j in range(c * CHUNK, (c + 1) * CHUNK):
-                peak = max(peak, scores[j])
-            peaks[c] = peak
-            if filled < size or peak > best[size - 1]:
-                filled = _insert(peak, c, best, at, filled)
-        floor, filled = best[size - 1], 0
-        for c in range(chunks):
-            if peaks[c] >= floor:
-                for j in range(c * CHUNK, (c + 1) * CHUNK):
-                    if scores[j] >= floor and (filled < size or scores[j] > best[size - 1]):
-                        filled = _insert(scores[j], j, best, at, filled)
-    for j in range(chunks * CHUNK if chunks > size else 0, scores.size):
-        if scores[j] >= floor and (filled < size or scores[j] > best[size - 1]):
-            filled = _insert(scores[j], j, best, at, filled)
-    return filled
-
-
-@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz", "reassoc"})
-def _reaching(scores: Floats, floors: Floats, others: Floats, at_row: Ids, at_column: Ids) -> int:
-    """Writes down where scores (n, m) reach a floor; returns how many there are."""
-    count, columns = 0, scores.shape[1]
-    lowest = np.float32(np.inf)
-    for j in range(others.size):
-        lowest = min(lowest, others[j])
-    for i in range(scores.shape[0]):
-        floor = min(floors[i], lowest)
-        for start in range(0, columns, CHUNK):
-            stop = min(start + CHUNK, columns)
-            largest = scores[i, start]
-            for j in range(start, stop):
-                largest = max(largest, scores[i, j])
-            if largest < floor:
-                continue
-            for j in range(start, stop):
-                if scores[i, j] >= floors[i] or (others.size and scores[i, j] >= others[j]):
-                    at_row[count], at_column[count] = i, j
-                    count += 1
-    return count
+def _rank(
+    rows: Floats, columns: Floats, at_row: Ids, at_column: Ids, score: Floats, number: Ints
+) -> None:
+    """The t best (n, t) of the pairs (p,), in order of rows, by their products in fp32, equal ones
+    by number; each row has t at least."""
+    size, filled, before = score.shape[1], 0, -1
+    for pair in range(at_row.size):
+        i, column = at_row[pair], at_column[pair]
+        if i != before:
+            filled, before = 0, i
+        true, place = fast_dot(rows[i], columns[column]), min(filled, size - 1)
+        if filled == size and not precedes(true, column, score[i, place], number[i, place]):
+            continue
+        while place > 0 and precedes(true, column, score[i, place - 1], number[i, place - 1]):
+            score[i, place], number[i, place] = score[i, place - 1], number[i, place - 1]
+            place -= 1
+        score[i, place], number[i, place] = true, column
+        filled = min(filled + 1, size)
 
 
 @numba.njit(nogil=True, cache=True)
-def _top(scores: Floats, best: Floats, at: Ids) -> None:
-    for i in range(scores.shape[0]):
-        top_of_row(scores[i], best[i], at[i])
+def precedes(score: np.float32, number: int, other_score: np.float32, other_number: int) -> bool:
+    """Whether one of two pairs is better: the larger score, of equal ones the smaller number."""
+    return bool(score > other_score or (score == other_score and number < other_number))

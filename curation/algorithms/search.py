@@ -2,40 +2,64 @@
 
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
+import torch
 
 from curation.algorithms.best import Best, offer
-from curation.algorithms.products import Floats, Ids, Ints, Products, each, fast_dot, gathered
+from curation.algorithms.products import (
+    Floats,
+    Ids,
+    Ints,
+    Products,
+    chosen_of,
+    each,
+    fast_dot,
+    rounded,
+)
 
-QUERY_ROWS = 512
+QUERY_ROWS = 4096
 BASE_ROWS = 2048
 
-_NOTHING = np.empty(0, np.float32)
+
+@dataclass(frozen=True)
+class Rows:
+    """Vectors (n, D) and their numbers (n,)."""
+
+    vectors: Floats
+    numbers: Ints
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @cached_property
+    def rounded(self) -> torch.Tensor:
+        """The vectors as products take them; kept, since every cell takes some of them."""
+        return rounded(self.vectors)
 
 
 @dataclass(frozen=True)
 class Base:
-    """Rows (m, D), their numbers (m,), the positions of those in cells in order of these (m',), and
-    where each cell starts (c+1,)."""
+    """Rows (m, D), the positions of those in cells in order of these (m',), and where each cell
+    starts (c+1,)."""
 
-    rows: Floats
-    numbers: Ints
+    rows: Rows
     members: Ints
     starts: Ints
 
     @classmethod
-    def of(cls, rows: Floats, numbers: Ints, cell: Ints, cells: int) -> "Base":
+    def of(cls, rows: Rows, cell: Ints, cells: int) -> "Base":
         """By the cell (m,) of each row; those in none, a negative one, are left out."""
         order = np.argsort(cell, kind="stable")
         order = order[np.searchsorted(cell[order], 0) :]
-        return cls(rows, numbers, order, np.searchsorted(cell[order], np.arange(cells + 1)))
+        return cls(rows, order, np.searchsorted(cell[order], np.arange(cells + 1)))
 
     @classmethod
-    def in_order(cls, rows: Floats, numbers: Ints, starts: Ints) -> "Base":
+    def in_order(cls, rows: Rows, starts: Ints) -> "Base":
         """Of rows that stand in order of their cells."""
-        return cls(rows, numbers, np.arange(len(rows)), starts)
+        return cls(rows, np.arange(len(rows)), starts)
 
 
 @dataclass(frozen=True)
@@ -57,14 +81,6 @@ class Visits:
 
 
 @dataclass(frozen=True)
-class Queries:
-    """Rows (n, D) and their numbers (n,)."""
-
-    rows: Floats
-    numbers: Ints
-
-
-@dataclass(frozen=True)
 class Twins:
     """Where base rows that are queries themselves find their best: `best[at]`, at (m,)."""
 
@@ -73,24 +89,24 @@ class Twins:
 
 
 def search(
-    queries: Queries, visits: Visits, base: Base, best: Best, twins: Twins | None = None
+    queries: Rows, visits: Visits, base: Base, best: Best, twins: Twins | None = None
 ) -> None:
     """Offers to the best (n) of each query what it meets in the cells that it visits.
 
     With `twins` the queries are a part of the base: no row meets itself, and each pair is offered
     to both of its rows, so that it is enough if one of them visits the other.
     """
-    lock = threading.Lock()
+    meeting = _Meeting(queries, base, best, twins, threading.Lock())
+    asked, held = queries.rounded, base.rows.rounded
 
     def cell(number: int) -> None:
         asking = visits.queries[visits.starts[number] : visits.starts[number + 1]]
         for start in range(base.starts[number], base.starts[number + 1], BASE_ROWS):
             members = base.members[start : min(start + BASE_ROWS, base.starts[number + 1])]
-            block = Block(members, gathered(base.rows, members, "base"))
-            products = Products(block.rows)
+            products = Products(chosen_of(held, members, "base"))
             for first in range(0, len(asking), QUERY_ROWS):
                 mine = asking[first : first + QUERY_ROWS]
-                _meet(queries, mine, base, block, products, best, twins, lock)
+                meeting.of(mine, chosen_of(asked, mine, "queries"), members, products)
 
     occupied = (np.diff(base.starts) > 0) & (np.diff(visits.starts) > 0)
     work = np.flatnonzero(occupied)
@@ -98,49 +114,42 @@ def search(
 
 
 @dataclass(frozen=True)
-class Block:
-    """Base rows (b, D) at positions (b,)."""
+class _Meeting:
+    queries: Rows
+    base: Base
+    best: Best
+    twins: Twins | None
+    lock: threading.Lock
 
-    members: Ints
-    rows: Floats
-
-
-def _meet(
-    queries: Queries,
-    mine: Ints,
-    base: Base,
-    block: Block,
-    products: Products,
-    best: Best,
-    twins: Twins | None,
-    lock: threading.Lock,
-) -> None:
-    asking = gathered(queries.rows, mine, "queries")
-    slack = np.float32(products.slack)
-    # Other threads may raise the floors meanwhile: then a few are offered in vain.
-    floors = best.score[mine, 0] - slack
-    other = twins.best.score[twins.at[block.members], 0] - slack if twins else _NOTHING
-    at_row, at_column = products.reaching(asking, floors, other)
-    if not len(at_row):
-        return
-    found = np.empty(len(at_row), np.float32)
-    _rescore(asking, block.rows, at_row, at_column, found)
-    column = block.members[at_column]
-    pairs = (mine[at_row], base.numbers[column], found)
-    with lock:
-        if twins is None:
-            _offer_pairs(*pairs, best.score, best.number, False)
+    def of(self, mine: Ints, asking: torch.Tensor, members: Ints, products: Products) -> None:
+        """Rows at positions `mine` (n,) meet the base's rows at `members` (m,)."""
+        slack, twins = np.float32(products.slack), self.twins
+        # Other threads may raise the floors meanwhile: then a few are offered in vain.
+        floors = self.best.score[mine, 0] - slack
+        if twins:
+            others = twins.best.score[twins.at[members], 0] - slack
         else:
-            numbers, twin = queries.numbers[pairs[0]], twins.at[column]
-            apart = numbers != pairs[1]
-            rows, others, found = pairs[0][apart], pairs[1][apart], found[apart]
-            _offer_pairs(rows, others, found, best.score, best.number, True)
-            back = (twin[apart], numbers[apart], found)
-            _offer_pairs(*back, twins.best.score, twins.best.number, True)
+            others = np.full(len(members), np.inf, np.float32)
+        at_row, at_column = products.reaching(asking, floors, others)
+        if not len(at_row):
+            return
+        row, column, found = mine[at_row], members[at_column], np.empty(len(at_row), np.float32)
+        _rescore(self.queries.vectors, self.base.rows.vectors, row, column, found)
+        number = self.base.rows.numbers[column]
+        with self.lock:
+            if twins is None:
+                _offer_pairs(row, number, found, self.best.score, self.best.number, False)
+                return
+            own, twin = self.queries.numbers[row], twins.at[column]
+            apart = own != number
+            pairs = row[apart], number[apart], found[apart]
+            _offer_pairs(*pairs, self.best.score, self.best.number, True)
+            pairs = twin[apart], own[apart], found[apart]
+            _offer_pairs(*pairs, twins.best.score, twins.best.number, True)
 
 
 @numba.njit(nogil=True, cache=True)
-def _rescore(left: Floats, right: Floats, at_row: Ids, at_column: Ids, out: Floats) -> None:
+def _rescore(left: Floats, right: Floats, at_row: Ints, at_column: Ints, out: Floats) -> None:
     """One pair by one: the same bits however rows stand together in blocks."""
     for i in range(out.size):
         out[i] = fast_dot(left[at_row[i]], right[at_column[i]])

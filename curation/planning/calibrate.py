@@ -22,7 +22,7 @@ from curation.algorithms.best import Best
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats
 from curation.algorithms.sampling import draw_by_cluster
-from curation.algorithms.search import Base, Queries, Visits, search
+from curation.algorithms.search import Base, Rows, Visits, search
 from curation.images.decode import Limits, decode
 from curation.images.effort import copy_effort, semantic_effort
 from curation.images.sources import scan_tar
@@ -127,17 +127,17 @@ def _vectors() -> dict[str, float]:
     rows, what = _made_up(ROWS), knn.Search(64, 0.6, itself=True)
     numbers, rng = np.arange(ROWS), np.random.default_rng(0)
     cells = knn.fit_cells(rows, rng)
-    axes = cells.axes.shape[1]
-    per_row = 2 * axes * (DIM + len(cells))
+    per_row = 2 * DIM * len(cells)
     assigning = _once(lambda: cells.assign(rows))
     way = cells.way(rows, 8)
-    whole = Base.of(rows, numbers, way[:, 0].astype(np.int64), len(cells))
+    held = Rows(rows, numbers)
+    whole = Base.of(held, way[:, 0].astype(np.int64), len(cells))
     visits = Visits.of(way, len(cells))
     met = float(np.diff(visits.starts) @ np.diff(whole.starts))
     best = Best(ROWS, what.k, what.min_score)
-    searching = _once(lambda: search(Queries(rows, numbers), visits, whole, best))
-    few = Queries(rows[:QUERIES], numbers[:QUERIES])
-    parts = [Queries(rows[at : at + 256], numbers[at : at + 256]) for at in range(0, ROWS, 256)]
+    searching = _once(lambda: search(held, visits, whole, best))
+    few = Rows(rows[:QUERIES], numbers[:QUERIES])
+    parts = [Rows(rows[at : at + 256], numbers[at : at + 256]) for at in range(0, ROWS, 256)]
     comparing = _once(lambda: knn.exact(few, parts, what))
     k, iterations = 250, 10
     fitting = _once(lambda: kmeans.fit(rows, k, iterations, np.random.default_rng(0)))

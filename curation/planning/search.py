@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from curation.algorithms import cells as cell_search
-from curation.algorithms import knn
+from curation.algorithms import knn, products
 from curation.planning.job import BLOCK, TABLE, UPLOAD_PART, VECTORS, Job, Step
 from curation.runtime.store import REQUESTS
 from curation.stages import neighbour_index, neighbours
@@ -76,7 +76,7 @@ def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
         sweeps * fit * to_cells / (c["cells_gflops"] * 1e9) * c["search_overhead"],
         read=fit * row,
         gets=sent.base_chunks * TABLE,
-        items=math.ceil(fit / cell_search.TILE_ROWS),
+        items=math.ceil(fit / products.TILE_ROWS),
         together=REQUESTS,
         memory=2.0 * fit * ask.dim * 4,
     )
@@ -158,7 +158,7 @@ def _answers(job: Job, ask: Ask) -> Iterator[Step]:
 
 def _to_cells(ask: Ask, sent: "Sent") -> float:
     """FLOP to find a row's nearest cells."""
-    return 2.0 * min(cell_search.AXES, ask.dim) * (ask.dim + sent.cells)
+    return 2.0 * ask.dim * sent.cells
 
 
 def _compare_all(job: Job, ask: Ask) -> Step:

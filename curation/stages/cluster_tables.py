@@ -10,7 +10,7 @@ from curation.algorithms import groups
 from curation.algorithms.assign import Assigner
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats, Ints
-from curation.algorithms.search import Base
+from curation.algorithms.search import Base, Rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, Item, MakeWorker, Work, map_parts, require_all
 from curation.runtime.store import Store, read_table, write_table
@@ -145,7 +145,7 @@ def _read_groups(store: Store, path: str, centroids: Floats) -> Groups:
     table = read_table(store, _groups_path(path))
     members = table["members"].combine_chunks()
     numbers, starts = members.values.to_numpy(), members.offsets.to_numpy().astype(np.int64)
-    base = Base(centroids, np.arange(len(centroids)), numbers, starts)
+    base = Base(Rows(centroids, np.arange(len(centroids))), numbers, starts)
     return Groups(
         base, read_centroids(store, _groups_path(path)), int(table.schema.metadata[b"beam"])
     )

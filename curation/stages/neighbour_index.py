@@ -86,13 +86,13 @@ def build(asking: Sequence[Asking], crew: Crew) -> None:
 
 
 def draw_queries(one: Asking, store: Store) -> None:
-    """Queries whose true neighbours will be found, evenly spaced over chunks and rows.
+    """Rows whose true neighbours will be found, evenly spaced over chunks and rows.
 
     Read twice, so that never more than one chunk of them is held.
     """
     join, chunks = one.join, one.layout.queries
     picked = chunks[:: max(1, len(chunks) // SAMPLE_CHUNKS)]
-    counts = [len(load_distinct(join, store, chunk)[0].rows) for chunk in picked]
+    counts = [len(load_distinct(join, store, chunk)[0]) for chunk in picked]
     ends = np.cumsum(counts)
     chosen = np.linspace(0, ends[-1] - 1, min(SAMPLE_QUERIES, ends[-1])).astype(int)
     numbers, rows = [], []
@@ -100,7 +100,7 @@ def draw_queries(one: Asking, store: Store) -> None:
         here = chosen[(chosen >= end - count) & (chosen < end)] - (end - count)
         queries, _ = load_distinct(join, store, chunk)
         numbers.append(queries.numbers[here])
-        rows.append(queries.rows[here])
+        rows.append(queries.vectors[here])
     number, row = np.concatenate(numbers), np.concatenate(rows)
     order = np.argsort(number)
     save_arrays(store, join.setup("sample"), numbers=number[order], rows=row[order])

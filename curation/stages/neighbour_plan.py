@@ -116,14 +116,13 @@ class Plan:
         return len(self.edges) - 1
 
     def save(self, store: Store, path: str) -> None:
-        cells = {"centroids": self.cells.centroids, "axes": self.cells.axes}
-        numbers = {"far": np.array(self.cells.far), "nprobe": np.array(self.nprobe)}
-        save_arrays(store, path, **cells, **numbers, edges=self.edges)
+        cells = {"centroids": self.cells.centroids, "far": np.array(self.cells.far)}
+        save_arrays(store, path, **cells, nprobe=np.array(self.nprobe), edges=self.edges)
 
     @classmethod
     def load(cls, store: Store, path: str) -> "Plan":
         have = load_arrays(store, path)
-        cells = Cells(have["centroids"], have["axes"], float(have["far"]))
+        cells = Cells(have["centroids"], float(have["far"]))
         return cls(cells, have["edges"], int(have["nprobe"]))
 
 

@@ -11,7 +11,7 @@ from curation.algorithms import knn
 from curation.algorithms.best import NONE, Best, Neighbours
 from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.products import Floats, Ints
-from curation.algorithms.search import Base, Queries, Twins, Visits, search
+from curation.algorithms.search import Base, Rows, Twins, Visits, search
 from curation.runtime.executor import Counts
 from curation.runtime.store import REQUESTS, Store, open_store, read_table, write_table
 from curation.schema import NEIGHBOURS
@@ -23,29 +23,29 @@ MERGE_ROWS = 1 << 24  # pairs held before the best of them are chosen
 HEAP_BYTES = 1 << 28  # what the best of the queries answered together may take
 
 
-def load(view: VectorView, store: Store, parts: Sequence[Part]) -> Queries:
+def load(view: VectorView, store: Store, parts: Sequence[Part]) -> Rows:
     """The numbers (n,) and unit rows (n, D) of some parts."""
     loaded = [found for _, found in overlapped(parts, partial(view.load, store))]
-    return Queries(np.concatenate([v for _, v in loaded]), np.concatenate([n for n, _ in loaded]))
+    return Rows(np.concatenate([v for _, v in loaded]), np.concatenate([n for n, _ in loaded]))
 
 
-def read_queries(store: Store, join: Join) -> Queries:
+def read_queries(store: Store, join: Join) -> Rows:
     """The sample of a search's queries."""
     sample = load_arrays(store, join.setup("sample"))
-    return Queries(sample["rows"], sample["numbers"])
+    return Rows(sample["rows"], sample["numbers"])
 
 
-def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Queries, pa.Table]:
-    """Queries; in a self-join of equal rows the first alone, and the others as its neighbours."""
+def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Rows, pa.Table]:
+    """Rows; in a self-join of equal rows the first alone, and the others as its neighbours."""
     found = load(join.queries, store, parts)
-    if not join.itself or not len(found.rows):
+    if not join.itself or not len(found):
         return found, NEIGHBOURS.empty_table()
-    first = knn.first_of_equal(found.rows)
+    first = knn.first_of_equal(found.vectors)
     stays = first == np.arange(len(first))
     again, first = np.flatnonzero(~stays), first[~stays]
-    cosine = np.einsum("nd,nd->n", found.rows[again], found.rows[again])
+    cosine = np.einsum("nd,nd->n", found.vectors[again], found.vectors[again])
     pairs = pair_table(found.numbers[again], found.numbers[first], cosine)
-    return Queries(found.rows[stays], found.numbers[stays]), pairs
+    return Rows(found.vectors[stays], found.numbers[stays]), pairs
 
 
 def pair_table(query: Ints, image: Ints, cosine: Floats) -> pa.Table:
@@ -109,7 +109,7 @@ class SampleWorker:
     def __call__(self, chunk: int) -> Counts:
         images = [sum(part.rows for part in parts) for parts in self._layout.base]
         share = round(self._wanted * images[chunk] / max(1, sum(images)))
-        rows = load(self._join.base, self._store, self._layout.base[chunk]).rows
+        rows = load(self._join.base, self._store, self._layout.base[chunk]).vectors
         wanted = min(share, len(rows))
         taken = rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
         table = pa.table({"vector": vectors(taken)})
@@ -131,27 +131,25 @@ class PartitionWorker:
             rows, _ = load_distinct(join, store, self._layout.base[chunk])
         else:
             rows = load(join.base, store, self._layout.base[chunk])
-        cell = plan.cells.assign(rows.rows)
+        cell = plan.cells.assign(rows.vectors)
         table = pa.table(
-            {"image": rows.numbers, "cell": cell.astype(np.int32), "vector": vectors(rows.rows)}
+            {"image": rows.numbers, "cell": cell.astype(np.int32), "vector": vectors(rows.vectors)}
         )
         for one, sample in zip(self._joins, self._samples, strict=True):
             self._write_truth(one, sample, chunk, rows, cell)
         if join.itself:
-            stays = knn.standing(rows.rows, cell, len(plan.cells), join.what)
+            stays = knn.standing(rows.vectors, cell, len(plan.cells), join.what)
             table, cell = table.filter(pa.array(stays)), cell[stays]
         send(store, join.base_sent(chunk), table, plan.bucket_of(cell), plan.buckets)
-        return {"images": len(rows.rows)}
+        return {"images": len(rows)}
 
-    def _write_truth(
-        self, join: Join, sample: Queries, chunk: int, rows: Queries, cell: Ints
-    ) -> None:
+    def _write_truth(self, join: Join, sample: Rows, chunk: int, rows: Rows, cell: Ints) -> None:
         """What the sample's true neighbours among the rows are, with their cells and vectors."""
         near = knn.exact(sample, [rows], join.what)
-        truth = pairs_of(np.arange(len(sample.rows)), near)
+        truth = pairs_of(np.arange(len(sample)), near)
         at = np.searchsorted(rows.numbers, column_numpy(truth, "image"))
         truth = truth.append_column("cell", pa.array(cell[at]))
-        truth = truth.append_column("vector", vectors(rows.rows[at]))
+        truth = truth.append_column("vector", vectors(rows.vectors[at]))
         write_table(self._store, join.path("truth", chunk), truth)
 
 
@@ -166,7 +164,7 @@ class RouteWorker:
         join, store, plan = self._join, self._store, self._plan
         queries, equal = load_distinct(join, store, self._layout.queries[chunk])
         write_table(store, join.path("equal", chunk), equal)
-        way = plan.cells.way(queries.rows, plan.nprobe)
+        way = plan.cells.way(queries.vectors, plan.nprobe)
         row, step = np.nonzero(way != NONE)
         cell = way[row, step]
         bucket = plan.bucket_of(cell)
@@ -180,7 +178,7 @@ class RouteWorker:
             {
                 "image": queries.numbers[row[starts]],
                 "cells": pa.ListArray.from_arrays(offsets, pa.array(cell.astype(np.int32))),
-                "vector": vectors(queries.rows[row[starts]]),
+                "vector": vectors(queries.vectors[row[starts]]),
             }
         )
         send(store, join.sent("queries", chunk), table, bucket[starts], plan.buckets)
@@ -201,11 +199,12 @@ class AnswerWorker:
         sent = [join.base_sent(chunk) for chunk in range(len(self._layout.base))]
         table = pa.concat_tables(receive_each(store, sent, bucket))
         cell = column_numpy(table, "cell") - first
-        base = Base.of(rows_of(table), column_numpy(table, "image"), cell, last - first)
+        rows = Rows(rows_of(table), column_numpy(table, "image"))
+        base = Base.of(rows, cell, last - first)
         twins = None
         if join.itself:
-            best = Best(len(base.rows), join.k, join.min_cosine)
-            twins = Twins(best, np.arange(len(base.rows)))
+            best = Best(len(rows), join.k, join.min_cosine)
+            twins = Twins(best, np.arange(len(rows)))
         found = [NEIGHBOURS.empty_table()]
         sent = [join.sent("queries", chunk) for chunk in self._wave]
         ahead = min(REQUESTS, 1 + self._plan.buckets // 16)  # few buckets are sent large blocks
@@ -214,7 +213,7 @@ class AnswerWorker:
             for start in range(0, len(asked), step):
                 found.append(self._answer(asked.slice(start, step), base, first, twins))
         if twins:
-            found.append(pairs_of(base.numbers, twins.best.sorted()))
+            found.append(pairs_of(rows.numbers, twins.best.sorted()))
         pairs = pa.concat_tables(found)
         to = self._layout.chunk_of(column_numpy(pairs, "query"))
         path = join.sent("pairs", self._wave[0], bucket)
@@ -228,7 +227,7 @@ class AnswerWorker:
         query = np.repeat(np.arange(len(asked)), lengths)
         order = np.argsort(cell, kind="stable")
         starts = np.searchsorted(cell[order], np.arange(len(base.starts)))
-        queries = Queries(rows_of(asked), column_numpy(asked, "image"))
+        queries = Rows(rows_of(asked), column_numpy(asked, "image"))
         best = Best(len(asked), join.k, join.min_cosine)
         search(queries, Visits(query[order], starts), base, best, twins)
         return pairs_of(queries.numbers, best.sorted())
@@ -246,17 +245,15 @@ class SlabWorker:
     def __call__(self, slab: int) -> Counts:
         join, store = self._join, self._store
         base = load(join.base, store, self._layout.base[slab])
-        truth = pairs_of(
-            np.arange(len(self._sample.rows)), knn.exact(self._sample, [base], join.what)
-        )
+        truth = pairs_of(np.arange(len(self._sample)), knn.exact(self._sample, [base], join.what))
         write_table(store, join.path("truth", slab), truth)
         trained = IvfPq(self._training, target_recall=join.how.target_recall, seed=join.seed)
         k = join.k + join.itself
-        index = trained.over(base.rows, base.numbers, self._sample.rows, k)
+        index = trained.over(base.vectors, base.numbers, self._sample.vectors, k)
         found = [NEIGHBOURS.empty_table()]
         for chunk in self._layout.queries:
             queries = load(join.queries, store, chunk)
-            near = index.search(queries.rows)
+            near = index.search(queries.vectors)
             pairs = pairs_of(queries.numbers, near)
             keep = pc.not_equal(pairs["query"], pairs["image"]) if join.itself else None
             found.append(pairs.filter(keep) if join.itself else pairs)

@@ -8,7 +8,7 @@ queries' chunks:
     chunks of the base  ─► partition ─► buckets ─► answer ─► chunks of queries ─► merge
     chunks of queries   ─► route ──────────┘
 
-Every step publishes a file an item, so that a killed search goes on where it was. Queries are sent
+Every step publishes a file an item, so that a killed search goes on where it was. Rows are sent
 in waves, so that their copies never take more than `spill_bytes`.
 """
 
@@ -216,12 +216,12 @@ def _choose_way(join: Join, store: Store) -> None:
     sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
     try:
         with all_cores():
-            cells, nprobe = knn.choose_nprobe(plan.cells, sample, pairs, join.what)
+            nprobe = knn.choose_nprobe(plan.cells, sample, pairs, join.what)
     except knn.RecallError as error:
         raise StoreError(
             f"{join.stage}: {error}; lower search.target_recall or raise search.exact_below"
         ) from None
-    replace(plan, cells=cells, nprobe=nprobe).save(store, join.setup("route"))
+    replace(plan, nprobe=nprobe).save(store, join.setup("route"))
 
 
 def _truth(join: Join, store: Store) -> pa.Table:

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from test_knn import NEAR_EQUAL, around, unit
 
+from curation.algorithms import products
 from curation.algorithms.best import NONE
-from curation.algorithms.cells import AGREEMENT, FAR_CELLS, Cells
+from curation.algorithms.cells import FAR_CELLS, Cells
 from curation.algorithms.products import Floats
 
 
@@ -13,28 +15,31 @@ def fitted(rows: Floats, count: int) -> Cells:
     return Cells.fit(rows, count, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("count", [1, 15, 90])
-def test_all_axes_give_the_nearest_cells(count: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("count", "wanted"), [(1, 7), (15, 7), (90, 1), (400, 7), (400, 300)])
+def test_the_nearest_cells_are_exact_in_any_precision(
+    count: int, wanted: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = unit(3000, 12, 0)
     cells = fitted(rows, count)
-    found = cells.exact().nearest(rows[:500], 7)
-    scores = rows[:500].astype(np.float64) @ cells.centroids.T.astype(np.float64)
-    wanted = np.argsort(-scores, axis=1, kind="stable")[:, :7]
-    np.testing.assert_array_equal(found.number, wanted)
-    assert cells.axes.shape == (12, 12)
+    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
+    found = cells.nearest(rows[:1500], wanted)
+    scores = rows[:1500].astype(np.float64) @ cells.centroids.T.astype(np.float64)
+    truth = -np.sort(-scores, axis=1)[:, :wanted]
+    mine = np.take_along_axis(scores, found.number, axis=1)
+    np.testing.assert_allclose(mine, truth, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(found.score, truth, atol=1e-6, rtol=0)
+    assert all(len(set(row)) == len(row) for row in found.number.tolist())
     np.testing.assert_allclose(np.linalg.norm(cells.centroids, axis=1), 1, atol=1e-5)
 
 
-def test_few_axes_agree_with_all() -> None:
-    spread = np.diag(np.arange(1, 257) ** -0.5)
-    rows = unit(9000, 256, 1) @ spread
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    cells = fitted(rows[:6000], 200)
-    assert cells.axes.shape[1] < 256
-    assert (
-        cells.assign(rows[6000:]) == cells.exact().assign(rows[6000:])
-    ).mean() > AGREEMENT - 0.01
-    assert cells.wider().is_exact
+def test_of_equal_cells_the_first_is_nearer() -> None:
+    cells = Cells(np.repeat(unit(3, 8, 0), 90, axis=0))
+    found = cells.nearest(cells.centroids, 100).number
+    np.testing.assert_array_equal(
+        found[:, :90], 90 * np.repeat([0, 1, 2], 90)[:, None] + np.arange(90)
+    )
+    assert (np.diff(found[:, 90:], axis=1) == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from curation.algorithms import crowds, knn, products, search
 from curation.algorithms.best import NONE, Neighbours
 from curation.algorithms.components import Components
-from curation.algorithms.knn import Queries, RecallError, Search, exact, join, recall
+from curation.algorithms.knn import RecallError, Rows, Search, exact, join, recall
 from curation.algorithms.products import Floats, Ints
 
 
@@ -129,7 +129,7 @@ def test_a_join_by_cells_reaches_its_target(
     left = base if itself else around(200, 700, 24, 0.12, 2)
     what = Search(8, min_score, itself, target_recall=0.95)
     joined = join(left, base, what)
-    truth = exact(Queries(left, np.arange(len(left))), [Queries(base, np.arange(6000))], what)
+    truth = exact(Rows(left, np.arange(len(left))), [Rows(base, np.arange(6000))], what)
     check(truth, left, base, min_score=min_score, itself=itself)
     assert recall(joined.neighbours, truth) > 0.94
     assert joined.recall >= 0.95
@@ -218,7 +218,7 @@ def test_a_crowd_is_joined_through_few_of_its_rows(monkeypatch: pytest.MonkeyPat
     is_crowd = (base @ crowd[0]) > 0.99
     what = Search(8, 0.7, itself=True, target_recall=0.95)
     found = join(base, base, what)
-    truth = exact(Queries(base, np.arange(6000)), [Queries(base, np.arange(6000))], what)
+    truth = exact(Rows(base, np.arange(6000)), [Rows(base, np.arange(6000))], what)
     lone = ~is_crowd
     ours, true = (Neighbours(n.score[lone], n.number[lone]) for n in (found.neighbours, truth))
     assert recall(ours, true) > 0.94
@@ -290,7 +290,7 @@ def test_a_recall_that_cannot_be_reached_is_an_error(
     base = unit(2000, 64, 0)
     with pytest.raises(RecallError, match=r"recall 0.99 needs more than 6 of \d+ cells"):
         join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
-    monkeypatch.setattr(knn, "choose_nprobe", lambda cells, *_: (cells, 2))
+    monkeypatch.setattr(knn, "choose_nprobe", lambda *_: 2)
     with pytest.raises(RecallError, match=r"recall 0\.\d{4} on a sample, below 0.99"):
         join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
 

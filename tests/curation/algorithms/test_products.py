@@ -30,16 +30,54 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("count", [1, 9, 200, 999])
-def test_top_are_the_largest(device: torch.device | None, dtype: torch.dtype, count: int) -> None:
-    rows, columns, bias = unit(70, 24, 0), unit(300, 24, 1), np.linspace(-1, 1, 300, dtype="f4")
-    found = Products(columns, bias, dtype)
+@pytest.mark.parametrize("columns", [20, 300, 1500])
+@pytest.mark.parametrize("count", [1, 9, 20, 200, 9999])
+@pytest.mark.parametrize("biased", [False, True])
+def test_top_are_the_largest(
+    device: torch.device | None, dtype: torch.dtype, count: int, columns: int, biased: bool
+) -> None:
+    rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
+    bias = np.linspace(-1, 1, columns, dtype="f4") * biased
+    found = Products(fixed, bias, dtype)
     score, column = found.top(rows, count)
-    truth = rows @ columns.T + bias
+    truth = rows @ fixed.T + bias
     np.testing.assert_allclose(score, -np.sort(-truth, axis=1)[:, :count], atol=found.slack, rtol=0)
     np.testing.assert_allclose(np.take_along_axis(truth, column, 1), score, atol=found.slack)
     assert (np.diff(score, axis=1) <= 0).all()
     assert np.abs(found.scores(rows) - truth).max() <= found.slack
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("columns", "count"), [(20, 3), (300, 7), (300, 200), (1500, 7), (9, 99)])
+def test_the_nearest_are_exact(
+    device: torch.device | None, dtype: torch.dtype, columns: int, count: int
+) -> None:
+    rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
+    fixed[columns // 2 :] = fixed[: -(columns // 2)]  # each twice
+    score, column = Products(fixed, None, dtype).nearest(rows, count)
+    truth = rows.astype(np.float64) @ fixed.T.astype(np.float64)
+    wanted = np.argsort(-truth, axis=1, kind="stable")[:, :count]
+    np.testing.assert_allclose(score, np.take_along_axis(truth, wanted, axis=1), atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(column, wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("columns", [31, 32, 127, 333, 1024, 1025, 1500])
+def test_all_that_reaches_a_floor_is_found_in_wide_blocks(
+    device: torch.device | None, dtype: torch.dtype, columns: int
+) -> None:
+    rows, fixed, rng = unit(50, 24, 0), unit(columns, 24, 1), np.random.default_rng(2)
+    found = Products(fixed, None, dtype)
+    floors, others = (rng.uniform(-0.2, 0.9, size).astype("f4") for size in (50, columns))
+    truth = rows @ fixed.T
+    wanted = (truth >= floors[:, None]) | (truth >= others)
+    at_row, at_column = found.reaching(rows, floors - found.slack, others - np.float32(found.slack))
+    reached = np.zeros_like(wanted)
+    reached[at_row, at_column] = True
+    assert len(at_row) == reached.sum()
+    assert reached[wanted].all()
+    nearly = (truth >= floors[:, None] - 2 * found.slack) | (truth >= others - 2 * found.slack)
+    assert nearly[reached].all()
 
 
 @settings(deadline=None)  # the first call compiles

@@ -7,7 +7,7 @@ from test_knn import check, unit
 
 from curation.algorithms import products, search
 from curation.algorithms.best import NONE, Best, Neighbours
-from curation.algorithms.search import Base, Queries, Twins, Visits
+from curation.algorithms.search import Base, Rows, Twins, Visits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,8 +26,8 @@ def test_queries_meet_every_row_of_the_cells_that_they_visit(
     visited[0] = [2, NONE, NONE]
     visited[1] = NONE
     best = Best(60, 8)
-    base = Base.of(rows, np.arange(400) * 3, cell, 9)
-    search.search(Queries(asking, np.empty(0, np.int64)), Visits.of(visited, 9), base, best)
+    base = Base.of(Rows(rows, np.arange(400) * 3), cell, 9)
+    search.search(Rows(asking, np.empty(0, np.int64)), Visits.of(visited, 9), base, best)
     found = best.sorted()
     for query in range(60):
         met = np.flatnonzero(np.isin(cell, visited[query]))
@@ -37,10 +37,10 @@ def test_queries_meet_every_row_of_the_cells_that_they_visit(
 
 def test_a_pair_counts_for_both_when_one_visits_the_other() -> None:
     rows = unit(50, 8, 0)
-    base = Base.of(rows, np.arange(100, 150), np.repeat([0, 1], 25), 2)
+    base = Base.of(Rows(rows, np.arange(100, 150)), np.repeat([0, 1], 25), 2)
     visits = Visits.of(np.repeat([[1]], 50, axis=0), 2)  # all visit the second half only
     best = Best(50, 49)
-    search.search(Queries(rows, base.numbers), visits, base, best, Twins(best, np.arange(50)))
+    search.search(base.rows, visits, base, best, Twins(best, np.arange(50)))
     found = best.sorted()
     for row in range(50):
         numbers = found.number[row][found.number[row] != NONE].tolist()
@@ -59,8 +59,8 @@ def test_visits_list_the_queries_of_each_cell_in_their_order() -> None:
 
 def test_rows_in_no_cell_are_not_met() -> None:
     rows = unit(40, 8, 0)
-    base = Base.of(rows, np.arange(40), np.where(np.arange(40) % 2, -1, 0), 1)
+    base = Base.of(Rows(rows, np.arange(40)), np.where(np.arange(40) % 2, -1, 0), 1)
     best = Best(40, 40)
     visits = Visits.of(np.zeros((40, 1), np.int32), 1)
-    search.search(Queries(rows, np.empty(0, np.int64)), visits, base, best)
+    search.search(Rows(rows, np.empty(0, np.int64)), visits, base, best)
     assert set(best.sorted().number.ravel().tolist()) == {NONE, *range(0, 40, 2)}
