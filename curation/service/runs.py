@@ -82,7 +82,8 @@ class Run:
 
     def started(self, stage: str) -> float:
         """When a stage began: what it wrote before that may be another recipe's."""
-        return float(self._state.get()[1].get(stage, {}).get("started", 0))
+        with intact(self.store, f"status/{stage}.json"):
+            return float(self._state.get()[1].get(stage, {}).get("started", 0))
 
     def recipe(self) -> str:
         """The resolved recipe as YAML."""

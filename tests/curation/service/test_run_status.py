@@ -3,19 +3,24 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from served import served, write_metrics
 from workbench import Project
 
 from curation.runtime.status import STALLED_S
+from curation.runtime.store import FileStore
 from curation.service.catalog import Catalog
 from curation.service.client import ApiError, Client
 from curation.service.runs import Run
+from curation.service.shards import ShardReader
 
 # `curate` with an embed stage that lasts until it is killed.
 FOREVER = """
@@ -164,3 +169,24 @@ def test_a_folder_with_a_tilde_hides_no_run(tmp_path: Path) -> None:
     write_metrics(tmp_path / "a" / "b")
     catalog._found._value = None  # what was found is old
     assert {run.name: run.path for run in catalog.all()} == {"a~b": "a/b", "a~b~": "a~b"}
+
+
+def test_what_is_read_by_readers_waits_for_no_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else pages of as many runs as there are readers would wait for each other for ever."""
+    (tmp_path / "shards").mkdir()
+    facts = {"images": "3", "bytes": "10", "sha256": "0" * 64}
+    for number in range(3):
+        index = pa.schema([("key", pa.string())], metadata=facts).empty_table()
+        pq.write_table(index, tmp_path / "shards" / f"{number:06d}.index.parquet")
+    run, threads = Run("x", "x", FileStore(str(tmp_path))), set()
+    state = run._state.get
+
+    def noted() -> Any:
+        threads.add(threading.current_thread())
+        return state()
+
+    monkeypatch.setattr(run._state, "get", noted)
+    assert [shard.images for shard in ShardReader().page(run, 0, 10).shards] == [3, 3, 3]
+    assert threads == {threading.current_thread()}
