@@ -98,6 +98,12 @@ def test_a_finished_run_is_read_again_only_when_it_has_told_something(
     run._state._value = None  # what was read is old
     assert run.summary().state == "done"
     assert asked == []
+    assert run.describe().name == "test"
+    asked.clear()
+    assert run.describe().name == "test"
+    assert asked == []
+    (work.run_folder / "recipe.yaml").write_text("name: another\n")
+    assert run.describe().name == "another"
     (work.run_folder / "embed" / "done.json").unlink()
     rewrite(work, "embed", state="running", heartbeat=time.time())
     run._state._value = None
