@@ -19,6 +19,7 @@ from curation.runtime.status import STALLED_S
 from curation.runtime.store import FileStore
 from curation.service.catalog import Catalog
 from curation.service.client import ApiError, Client
+from curation.service.events import EventLog
 from curation.service.runs import Run
 from curation.service.shards import ShardReader
 
@@ -196,3 +197,18 @@ def test_what_is_read_by_readers_waits_for_no_reader(
     monkeypatch.setattr(run._state, "get", noted)
     assert [shard.images for shard in ShardReader().page(run, 0, 10).shards] == [3, 3, 3]
     assert threads == {threading.current_thread()}
+
+
+def test_a_line_that_a_kill_cut_short_holds_up_no_later_events(tmp_path: Path) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    (folder / "20260101T000000-1-0000.jsonl").write_text('{"n": 1}\n{"n"')
+    log = EventLog(FileStore(str(tmp_path)))
+    events, place = log.read("")
+    assert events == [{"n": 1}]
+    assert log.read(place) == ([], place)
+    (folder / "20260102T000000-1-0000.jsonl").write_text('{"n": 2}\n')
+    log._segments._value = None  # what was listed is old
+    events, place = log.read(place)
+    assert events == [{"n": 2}]
+    assert log.read(place) == ([], place)
