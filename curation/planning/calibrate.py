@@ -177,9 +177,20 @@ def _search(recipe: Recipe, found: dict[str, float]) -> dict[str, float]:
         ask = Ask("copies", rows, rows, DIM, facts["nprobe"], itself=True)
         beside.append(took - counted(ask, 0))
         products.append(counted(ask, 1) - counted(ask, 0))
-    overhead = max(0.0, (beside[1] - beside[0]) / (products[1] - products[0]))
-    start = max(0.0, beside[0] - overhead * products[0])
-    return {"search_overhead": overhead, "search_start_s": start}
+    return _line(products, beside)
+
+
+def _line(products: list[float], seconds: list[float]) -> dict[str, float]:
+    """What a search takes beside its products, and for them, by a small one and a large one.
+
+    Noise may make either negative. Then all that the large one took is put down to its products: no
+    plan may have them for nothing. If that is nothing too, what was shipped stays.
+    """
+    overhead = (seconds[1] - seconds[0]) / (products[1] - products[0])
+    start = seconds[0] - overhead * products[0]
+    if overhead <= 0 or start < 0:
+        overhead, start = seconds[1] / products[1], 0.0
+    return {"search_overhead": overhead, "search_start_s": start} if overhead > 0 else {}
 
 
 def _archive() -> bytes:

@@ -40,7 +40,7 @@ class Catalog:
             store = open_store(self.root.locate(path))
             return Run(name, path, store) if kind == "curation" else Pretraining(name, path, store)
 
-        return self._opened.get((path, kind), make)
+        return self._opened.get((name, path, kind), make)
 
     def all(self) -> list[Run | Pretraining]:
         """Every run, of curation and of pretraining."""

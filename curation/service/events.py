@@ -49,7 +49,8 @@ class EventLog:
             if offset < segments[number].size:
                 data = self._store.read(segments[number].path, offset, BLOCK_BYTES)
                 whole = data[: data.rfind(b"\n") + 1]
-                return _lines(whole), f"{names[number]}:{offset + len(whole)}"
+                if whole:
+                    return _lines(whole), f"{names[number]}:{offset + len(whole)}"
             if number + 1 < len(segments):
                 offset = 0
         return [], place

@@ -54,7 +54,8 @@ class Pretraining:
         if self._iterations is None and self.store.exists(CONFIG):
             with intact(self.store, CONFIG):
                 schedule = (yaml.safe_load(self.store.read(CONFIG)) or {}).get("schedule") or {}
-                self._iterations = schedule.get("iterations")
+                given = schedule.get("iterations")
+                self._iterations = None if given is None else int(given)
         return {name: list(points) for name, points in self._series.items()}
 
     def _take(self, lines: Iterable[bytes]) -> None:
@@ -62,11 +63,11 @@ class Pretraining:
             try:
                 told = json.loads(line)
                 iteration = int(told["iteration"])
+                for name in (*LOSSES, *SERIES):
+                    if name in told:
+                        self._add(name, iteration, told[name])
             except (ArithmeticError, LookupError, TypeError, ValueError):
                 continue  # a line that a kill cut short
-            for name in (*LOSSES, *SERIES):
-                if name in told:
-                    self._add(name, iteration, told[name])
             self._last = told
 
     def _add(self, name: str, iteration: int, value: Any) -> None:

@@ -41,7 +41,7 @@ class Run:
         self.events = EventLog(store)
         self._state = Fresh(self._read_state, STATUS_S)
         self._settled: tuple[list[Entry], State] | None = None
-        self._facts: Cache[Any] = Cache(2, lambda _: 1)
+        self._facts: Cache[Any] = Cache(3, lambda _: 1)  # of the recipe, the report and the parts
 
     def _read_state(self) -> State:
         """Of a finished run what was read before, unless a stage has told something since."""
@@ -82,7 +82,8 @@ class Run:
 
     def started(self, stage: str) -> float:
         """When a stage began: what it wrote before that may be another recipe's."""
-        return float(self._state.get()[1].get(stage, {}).get("started", 0))
+        with intact(self.store, f"status/{stage}.json"):
+            return float(self._state.get()[1].get(stage, {}).get("started", 0))
 
     def recipe(self) -> str:
         """The resolved recipe as YAML."""
@@ -142,7 +143,7 @@ class Run:
         rows = [models.CompositionRow(**row) for row in facts["composition"]["rows"]]
         return models.Run(
             **self._summary(stages),
-            name=self._facts.get("name", self._recipe_name),
+            name=self._facts.get(self.store.stat(RECIPE_FILE), self._recipe_name),
             stages=stages,
             funnel=funnel(reports, self._pool_images()),
             decisions=decisions(reports),

@@ -68,17 +68,18 @@ class ShardReader:
     def page(self, run: Run, offset: int, limit: int) -> models.Shards:
         shards = self.shards(run)
         page = range(offset, min(offset + limit, len(shards)))
+        began = run.started("shards")  # here: a reader that waits for readers may wait for ever
         return models.Shards(
             total=len(shards),
             offset=offset,
             complete=shards.facts is not None,
-            shards=list(READERS.map(lambda at: self._one(run, shards, at), page)),
+            shards=list(READERS.map(lambda at: self._one(run, shards, at, began), page)),
         )
 
-    def _one(self, run: Run, shards: ShardList, at: int) -> models.Shard:
+    def _one(self, run: Run, shards: ShardList, at: int, began: float) -> models.Shard:
         name = shards.names[at].decode()
         if shards.facts is None:
-            key = (run.path, run.started("shards"), name)
+            key = (run.path, began, name)
             return self._footers.get(key, lambda: _of_footer(run.store, name))
         images, sizes, digests = (column[at] for column in shards.facts)
         digest = bytes(digests).hex()
@@ -91,7 +92,7 @@ class ShardReader:
         at = int(np.searchsorted(shards.names, wanted)) if len(shards) else 0
         if at == len(shards) or shards.names[at] != wanted:
             raise NotThere(f"run '{run.name}' has no shard '{shard[:80]}'")
-        return self._one(run, shards, at)
+        return self._one(run, shards, at, run.started("shards"))
 
     def index(self, run: Run, shard: models.Shard) -> pa.Table:
         """The index of a shard: one row a member."""

@@ -1,7 +1,10 @@
 """The Slurm scripts, with a stand-in for Slurm that runs every task on this machine."""
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +47,44 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
         "SLURM_CPUS_PER_TASK": "1",
         "SLURM_GPUS_ON_NODE": "0",
     }
+    for left in of_job(job):
+        os.kill(left, signal.SIGKILL)
     shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)
+
+
+def of_job(job: str) -> list[int]:
+    """The processes that name the folder of the job's Ray, or have files of it open.
+
+    Ray's workers write a title over their command line; their logs lie in the folder.
+    """
+    folder, found = re.compile(rf"ray-{job}\b"), []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since, or is another user's
+            command = (process / "cmdline").read_text(errors="replace")
+            opened = [os.readlink(file) for file in (process / "fd").iterdir()]
+            if any(folder.search(text) for text in (command, *opened)):
+                found.append(int(process.name))
+    return found
+
+
+def sbatch(
+    arguments: list[str], env: dict[str, str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script; all that it started ends with it when it hangs."""
+    with subprocess.Popen(
+        ["bash", *arguments],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as script:
+        try:
+            output, _ = script.communicate(timeout=timeout_s)
+        except BaseException:
+            os.killpg(script.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(arguments, script.returncode, output)
 
 
 def listening(port: int) -> bool:
@@ -64,15 +104,16 @@ def test_a_recipe_runs_on_ray_and_nothing_stays_behind(
 ) -> None:
     work = project(pool=range(24))
     script = [str(ROOT / "deploy/slurm/curate.sbatch"), str(work.path)]
-    done = subprocess.run(["bash", *script], env=slurm, text=True, capture_output=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = sbatch(script, slurm, 240)
+    assert done.returncode == 0, done.stdout
     assert all((work.run_folder / stage / "done.json").exists() for stage in STAGES)
     started = (tmp_path / "srun.log").read_text().splitlines()
     assert len(started) == 3  # the head, the other node, the recipe
-    port = 20000 + int(slurm["SLURM_JOB_ID"]) % 20000
+    job = slurm["SLURM_JOB_ID"]
+    port = 20000 + int(job) % 12000
     end = time.monotonic() + 60
-    while listening(port):
-        assert time.monotonic() < end
+    while listening(port) or of_job(job):
+        assert time.monotonic() < end, of_job(job)
         time.sleep(0.5)
 
 
@@ -87,6 +128,6 @@ def test_training_goes_on_where_it_stopped(
     job = {**slurm, "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1", "OMP_NUM_THREADS": "1"}
     for iterations in (4, 8):
         more = ["--set", f"schedule.iterations={iterations}"]
-        done = subprocess.run(["bash", *given, *more], env=job, text=True, capture_output=True)
-        assert done.returncode == 0, done.stderr
+        done = sbatch([*given, *more], job, 240)
+        assert done.returncode == 0, done.stdout
     assert [line["iteration"] for line in lines(out)] == list(range(1, 9))

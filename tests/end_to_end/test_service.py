@@ -252,12 +252,32 @@ def test_the_keyboard_keeps_its_place_when_the_page_is_renewed(
     assert browser.execute_script("return document.activeElement.className") == "card"
 
 
+STALE = "!document.getElementById('stale').hidden"
+
+
 def test_the_page_says_when_what_it_shows_may_be_old(browser: Any, tmp_path: Path) -> None:
-    banner = "document.getElementById('stale').hidden"
     with served(tmp_path) as service:
         browser.get(service.url)
         port = str(service.address[1])
-        assert browser.execute_script(f"return {banner}")
-    until(browser, banner, lambda hidden: not hidden, 30)
+        assert not browser.execute_script(f"return {STALE}")
+    until(browser, STALE, bool, 30)
+    assert "could not be renewed" in browser.find_element("id", "stale").text
     with served(tmp_path, "--port", port):
-        until(browser, banner, bool, 30)
+        until(browser, STALE, lambda stale: not stale, 30)
+
+
+def test_one_part_that_is_renewed_does_not_speak_for_another(browser: Any, tmp_path: Path) -> None:
+    """The list of shards can't be asked for; the rest of the page can, every two seconds."""
+    (tmp_path / "run" / "status").mkdir(parents=True)
+    (tmp_path / "run" / "recipe.yaml").write_text("name: waits\n")
+    with served(tmp_path) as service:
+        browser.get(f"{service.url}/runs/run")
+        browser.execute_cdp_cmd("Network.enable", {})
+        browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/shards?*"]})
+        until(browser, STALE, bool, 30)
+        renewed = "addEventListener('htmx:afterSwap', () => { window.renewed = true; })"
+        browser.execute_script(f"window.renewed = false; document.{renewed}")
+        until(browser, "window.renewed", bool, 30)
+        assert browser.execute_script(f"return {STALE}")
+        browser.execute_cdp_cmd("Network.setBlockedURLs", {"urls": []})
+        until(browser, STALE, lambda stale: not stale, 30)

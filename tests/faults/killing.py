@@ -30,6 +30,8 @@ from workbench import Project
 def warm_server() -> multiprocessing.context.ForkServerContext:
     """The server of these processes, which are forked when it has imported `warm`."""
     context = multiprocessing.get_context("forkserver")
+    # Where this way is the default (Python 3.14) others may have started a server, without `warm`.
+    multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
     context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python 3.11 tells it no sys.path

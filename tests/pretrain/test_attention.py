@@ -1,9 +1,13 @@
 """Attention in bf16 on a CPU, against torch's own in fp64."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain import attention as module
 from pretrain.attention import attention
 
 
@@ -36,3 +40,38 @@ def test_large_scores_stay_finite() -> None:
     assert packed.grad is not None
     assert torch.isfinite(out).all()
     assert torch.isfinite(packed.grad).all()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest matrices of scores or weights that are made."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n, self.bytes = n, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.shape[-2:] == (self.n, self.n):
+            self.bytes = max(self.bytes, made.nbytes)
+        return made
+
+
+def test_scratch_is_bounded_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five heads at a time of twelve."""
+    torch.manual_seed(0)
+    given = torch.randn(2, 50, 3, 6, 16).bfloat16()
+    found, largest = [], []
+    for scratch in (module.SCRATCH, 5 * 3 * 50 * 50 * 2 + 1, 1):
+        monkeypatch.setattr(module, "SCRATCH", scratch)
+        packed = given.clone().requires_grad_()
+        with Largest(50) as made:
+            out = attention(packed)
+            out.square().sum().backward()
+        assert packed.grad is not None
+        found.append(torch.cat([out.flatten(), packed.grad.flatten()]))
+        largest.append(made.bytes)
+    assert largest == [heads * 50 * 50 * 2 for heads in (12, 5, 1)]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -1,4 +1,7 @@
-"""Which arithmetic is chosen, and GPUs that this torch has no kernels for."""
+"""Which arithmetic is chosen, GPUs that this torch has no kernels for, and memory that is kept."""
+
+import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,3 +52,21 @@ def test_what_a_user_asks_for_is_used() -> None:
     assert precision.choose("fp32", cpu).dtype is None
     assert not precision.choose("fp32", cpu).scaler().is_enabled()
     assert precision.choose("fp16", cpu).scaler().is_enabled()
+
+
+@pytest.mark.parametrize(("most", "kept"), [(1 << 40, 1 << 30), (32 << 20, 32 << 20)])
+def test_freed_memory_is_kept_also_by_an_older_glibc(
+    monkeypatch: pytest.MonkeyPatch, most: int, kept: int
+) -> None:
+    """It refuses a threshold of more than 32 MiB, and then keeps the one it has."""
+    found: dict[int, int] = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == precision.M_MMAP_THRESHOLD and value > most:
+            return 0
+        found[name] = value
+        return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    precision.keep_freed_memory()
+    assert found == {precision.M_MMAP_THRESHOLD: kept, precision.M_TRIM_THRESHOLD: 2**31 - 1}

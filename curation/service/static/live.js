@@ -1,5 +1,9 @@
 // Says so when what is shown may be old: htmx itself keeps silent and tries again.
 "use strict";
-const show = (stale) => { document.getElementById("stale").hidden = !stale; };
-document.addEventListener("htmx:sendError", () => show(true));
-document.addEventListener("htmx:afterOnLoad", (event) => show(event.detail.xhr.status >= 400));
+const failed = new Set(); // the parts of the page whose last try failed
+const tried = ({ detail }, renewed) => {
+  failed[renewed ? "delete" : "add"](detail.target.id);
+  document.getElementById("stale").hidden = failed.size === 0;
+};
+document.addEventListener("htmx:sendError", (event) => tried(event, false));
+document.addEventListener("htmx:afterOnLoad", (event) => tried(event, event.detail.xhr.status < 400));

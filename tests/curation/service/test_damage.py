@@ -38,6 +38,9 @@ def damaged(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     with (root / "vit" / "metrics.jsonl").open("a") as file:
         file.write('{"time": 1040.0, "iteration": 31, "loss": 1e999, "koleo": 0.5}\n')
         file.write('{"time": 1041.0, "iteration": 1e999, "loss": 1}\n[1]\n')
+        file.write(f'{{"time": 1042.0, "iteration": 32, "loss": 1{"0" * 400}}}\n')
+    write_metrics(root / "config")
+    (root / "config" / "config.yaml").write_text("schedule: {iterations: many}\n")
     with served(root) as found:
         yield found
 
@@ -45,9 +48,9 @@ def damaged(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 def test_a_damaged_run_hides_no_other(damaged: Served) -> None:
     answer = httpx.get(f"{damaged.url}/api/runs")
     found = {run["run"]: run for run in answer.json()["runs"]}
-    assert set(found) == {*DAMAGE, "older", ODD, "vit"}
+    assert set(found) == {*DAMAGE, "older", ODD, "vit", "config"}
     unreadable = {name for name, run in found.items() if run["state"] == "unreadable"}
-    assert unreadable == {"marker", "status", "older"}
+    assert unreadable == {"marker", "status", "older", "config"}
     assert "status/embed.json: damaged" in found["status"]["message"]
     assert (found[ODD]["state"], found["vit"]["share"]) == ("done", 31 / 40)
     assert found["status"]["message"].split(" (")[0] in httpx.get(damaged.url).text
@@ -73,6 +76,13 @@ def test_curves_leave_out_what_is_no_number(damaged: Served) -> None:
     assert (curves["iteration"], len(curves["losses"]["loss"])) == (31, 30)
     assert curves["losses"]["koleo"][-1] == [31, 0.5]
     assert httpx.get(f"{damaged.url}/runs/vit").status_code == 200
+
+
+def test_a_damaged_configuration_is_told_too(damaged: Served) -> None:
+    for path in ("/api/runs/config/pretraining", "/runs/config"):
+        answer = httpx.get(damaged.url + path)
+        assert answer.status_code == 503
+        assert "config/config.yaml: damaged" in answer.text
 
 
 def test_links_lead_to_a_run_of_any_name(damaged: Served) -> None:

@@ -3,19 +3,25 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from served import served, write_metrics
 from workbench import Project
 
 from curation.runtime.status import STALLED_S
+from curation.runtime.store import FileStore
 from curation.service.catalog import Catalog
 from curation.service.client import ApiError, Client
+from curation.service.events import EventLog
 from curation.service.runs import Run
+from curation.service.shards import ShardReader
 
 # `curate` with an embed stage that lasts until it is killed.
 FOREVER = """
@@ -93,6 +99,12 @@ def test_a_finished_run_is_read_again_only_when_it_has_told_something(
     run._state._value = None  # what was read is old
     assert run.summary().state == "done"
     assert asked == []
+    assert run.describe().name == "test"
+    asked.clear()
+    assert run.describe().name == "test"
+    assert asked == []
+    (work.run_folder / "recipe.yaml").write_text("name: another\n")
+    assert run.describe().name == "another"
     (work.run_folder / "embed" / "done.json").unlink()
     rewrite(work, "embed", state="running", heartbeat=time.time())
     run._state._value = None
@@ -158,7 +170,45 @@ def test_a_run_is_shown_while_it_goes_on(
 
 
 def test_a_folder_with_a_tilde_hides_no_run(tmp_path: Path) -> None:
-    for path in ("a/b", "a~b"):
-        write_metrics(tmp_path / path)
-    found = {run.name: run.path for run in Catalog(str(tmp_path)).all()}
-    assert found == {"a~b": "a/b", "a~b~": "a~b"}
+    catalog = Catalog(str(tmp_path))
+    write_metrics(tmp_path / "a~b")
+    assert [(run.name, run.path) for run in catalog.all()] == [("a~b", "a~b")]
+    write_metrics(tmp_path / "a" / "b")
+    catalog._found._value = None  # what was found is old
+    assert {run.name: run.path for run in catalog.all()} == {"a~b": "a/b", "a~b~": "a~b"}
+
+
+def test_what_is_read_by_readers_waits_for_no_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else pages of as many runs as there are readers would wait for each other for ever."""
+    (tmp_path / "shards").mkdir()
+    facts = {"images": "3", "bytes": "10", "sha256": "0" * 64}
+    for number in range(3):
+        index = pa.schema([("key", pa.string())], metadata=facts).empty_table()
+        pq.write_table(index, tmp_path / "shards" / f"{number:06d}.index.parquet")
+    run, threads = Run("x", "x", FileStore(str(tmp_path))), set()
+    state = run._state.get
+
+    def noted() -> Any:
+        threads.add(threading.current_thread())
+        return state()
+
+    monkeypatch.setattr(run._state, "get", noted)
+    assert [shard.images for shard in ShardReader().page(run, 0, 10).shards] == [3, 3, 3]
+    assert threads == {threading.current_thread()}
+
+
+def test_a_line_that_a_kill_cut_short_holds_up_no_later_events(tmp_path: Path) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    (folder / "20260101T000000-1-0000.jsonl").write_text('{"n": 1}\n{"n"')
+    log = EventLog(FileStore(str(tmp_path)))
+    events, place = log.read("")
+    assert events == [{"n": 1}]
+    assert log.read(place) == ([], place)
+    (folder / "20260102T000000-1-0000.jsonl").write_text('{"n": 2}\n')
+    log._segments._value = None  # what was listed is old
+    events, place = log.read(place)
+    assert events == [{"n": 2}]
+    assert log.read(place) == ([], place)
