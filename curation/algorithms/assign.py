@@ -24,7 +24,6 @@ from curation.algorithms.products import (
     Ids,
     Ints,
     Products,
-    each_tile,
     exact_dot,
     fast_device,
     fast_dtype,
@@ -32,6 +31,7 @@ from curation.algorithms.products import (
     lost,
     square_norms,
 )
+from curation.algorithms.tiles import each_tile
 
 NEAR = 16  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most

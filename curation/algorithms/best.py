@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints, each_tile, precedes
+from curation.algorithms.products import NONE, Floats, Ints, precedes
+from curation.algorithms.tiles import each_tile
 
-NONE = -1  # the number of a neighbour that isn't there
 TILE_ROWS = 4096
 
 

@@ -8,28 +8,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from curation.algorithms.best import NONE, Neighbours
+from curation.algorithms.best import Neighbours
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import Floats, Ids, Ints, Products, each_tile, square_norms
+from curation.algorithms.products import Floats, Ids, Ints, Products, Within, square_norms
+from curation.algorithms.tiles import each_tile
 
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
 SAMPLE_PER_CELL = 64
-FAR_ROWS = 0.15  # of all: those farthest from their nearest cell
-FAR_CELLS = 4  # times as many are asked in by them
-FAR_SAMPLE = 2048  # rows that tell how far that is
+LEAST = 3  # cells that any row asks in
+NEAR_SHARE = 0.85  # of the score with its nearest cell: about what others score that a row asks in
 LEAF, POWER_STEPS = 8, 4  # of the bisection
 
 
 @dataclass(frozen=True)
-class Cells:
-    """Unit centroids (c, D).
+class Reach:
+    """How far rows ask: in all cells that score NEAR_SHARE of what their nearest one does, less
+    `margin`, in at least LEAST and at most `most`.
 
-    Rows that score less than `far` with their nearest cell are noise to the centroids, as pictures
-    after heavy edits are: their neighbours may be anywhere.
+    A neighbour lies in a cell that scores less than the nearest one by a share, since neighbours
+    are alike to a degree, and by chance besides. Rows far from all cells so ask in most of them.
     """
 
+    margin: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Unit centroids (c, D)."""
+
     centroids: Floats
-    far: float = -1.0
 
     @classmethod
     def fit(cls, sample: Floats, count: int, rng: np.random.Generator) -> "Cells":
@@ -39,9 +47,7 @@ class Cells:
         sample = sample[rng.permutation(told)] if len(told) else one
         count = max(1, min(count, len(sample)))
         centroids = _centroids(sample, count)
-        centroids = centroids[_bisected(centroids)]
-        nearest = cls(centroids).nearest(sample[-FAR_SAMPLE:], 1)  # the first ones were centroids
-        return cls(centroids, float(np.quantile(nearest.score, FAR_ROWS)))
+        return cls(centroids[_bisected(centroids)])
 
     def __len__(self) -> int:
         return len(self.centroids)
@@ -58,15 +64,15 @@ class Cells:
         each_tile(len(rows), products.tile_rows, tile)
         return found
 
-    def way(self, rows: Floats, nprobe: int) -> Ids:
-        """The cells that rows (n, D) ask in, nearest first: `nprobe`, and FAR_CELLS times as many
-        for those that lie far from all; then NONE."""
-        near = self.nearest(rows, nprobe)
-        width = min(FAR_CELLS * nprobe, len(self))
-        way = np.full((len(rows), width), NONE, np.int32)
-        way[:, : near.number.shape[1]] = near.number
-        far = np.flatnonzero(near.score[:, 0] < self.far)
-        way[far] = self.nearest(rows[far], width).number
+    def way(self, rows: Floats, reach: Reach) -> Ids:
+        """The cells that rows (n, D) ask in, nearest first, then NONE: (n, reach.most)."""
+        products, way = Products(self.centroids), np.empty((len(rows), reach.most), np.int32)
+        within = Within(NEAR_SHARE, reach.margin, LEAST, reach.most)
+
+        def tile(start: int, stop: int) -> None:
+            way[start:stop] = products.near(rows[start:stop], within)[1]
+
+        each_tile(len(rows), products.tile_rows, tile)
         return way
 
     def assign(self, rows: Floats) -> Ints:

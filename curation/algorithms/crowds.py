@@ -8,7 +8,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from curation.algorithms.products import Floats, Ints, each, fast_dot
+from curation.algorithms.products import Floats, Ints, fast_dot
+from curation.algorithms.tiles import each
 
 ALIKE = 0.99  # rows of a larger product are one picture to every descriptor in use
 CROWD = 1024  # so many others: a few are no burden

@@ -7,10 +7,11 @@ import numba
 import numpy as np
 
 from curation.algorithms.assign import Assigner, assign
-from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.lloyd import Assign, BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import Floats, Ints, each_tile, exact_dot
+from curation.algorithms.products import NONE, Floats, Ints, exact_dot
 from curation.algorithms.search import Base, Rows, Visits, search
+from curation.algorithms.tiles import each_tile
 
 SAMPLE_PER_GROUP = 32
 ITERATIONS = 6

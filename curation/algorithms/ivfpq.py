@@ -18,8 +18,9 @@ from curation.algorithms.assign import assign
 from curation.algorithms.best import Best, Neighbours, offer
 from curation.algorithms.kmeans import fit
 from curation.algorithms.knn import RecallError, Search, exact, recall
-from curation.algorithms.products import Floats, Ints, check_finite, each_tile, fast_dot
+from curation.algorithms.products import Floats, Ints, check_finite, fast_dot
 from curation.algorithms.search import Rows
+from curation.algorithms.tiles import each_tile
 
 BITS = 4
 WIDTH = 4  # components a code

@@ -16,13 +16,8 @@ import numpy as np
 from curation.algorithms.assign import Assigner
 from curation.algorithms.groups import AGREEMENT_ROWS, assigners
 from curation.algorithms.lloyd import Assign, Blocks, BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import (
-    Floats,
-    Ints,
-    as_rows,
-    check_finite,
-    each_tile,
-)
+from curation.algorithms.products import Floats, Ints, as_rows, check_finite
+from curation.algorithms.tiles import each_tile
 
 Note = Callable[[Clustering], Any]
 

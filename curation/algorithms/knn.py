@@ -1,11 +1,12 @@
 """kNN join: the k nearest of a base for every query, or every pair above a score, by cells.
 
-Base rows are put in cells; a query asks in its `nprobe` nearest cells, where it is compared with
-every row. `nprobe` is the smallest that reaches a target recall on a sample of queries whose true
-neighbours are known. A self-join offers each pair to both of its rows, so it is enough if one of
+Base rows are put in cells; a query asks in those near to it, where it is compared with every row.
+How near is the least that reaches a target recall on a sample of queries whose true neighbours are
+known. A self-join offers each pair to both of its rows, so it is enough if one of
 them asks in the other's cell.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,10 +14,10 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from curation.algorithms.best import NONE, Best, Neighbours
-from curation.algorithms.cells import SAMPLE_PER_CELL, Cells
+from curation.algorithms.best import Best, Neighbours
+from curation.algorithms.cells import LEAST, NEAR_SHARE, SAMPLE_PER_CELL, Cells, Reach
 from curation.algorithms.crowds import ALIKE, without_crowds
-from curation.algorithms.products import Floats, Ids, Ints, check_finite
+from curation.algorithms.products import NONE, Floats, Ints, check_finite
 from curation.algorithms.search import Base, Rows, Twins, Visits, search
 
 Bools = npt.NDArray[np.bool_]
@@ -26,12 +27,11 @@ Words = npt.NDArray[np.uint32]
 ROWS_PER_CELL = 256  # at least
 CELLS = 3  # by the square root of the base, at most: a row is compared with all of them
 FEW_CELLS = 16  # bases of so few cells are searched whole
-LEAST = 2  # cells in which a query asks
 SAMPLE_QUERIES = 1024
-LONGEST_WAY = 2048  # cells that are ranked for a sampled query
+MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
+ROUNDING = 1e-6  # of a margin
 CHUNK_ROWS = 262_144
 EXACT_ROWS = 8192  # of a base, compared by one thread
-STEP = 8  # nprobe grows by this fraction until the target is met
 
 
 class RecallError(ValueError):
@@ -65,11 +65,12 @@ class Search:
 
 @dataclass(frozen=True)
 class Joined:
-    """Neighbours (n, k), and how they were found; `recall` is measured on a sample."""
+    """Neighbours (n, k), and how they were found: queries ask in `nprobe` of the cells on average,
+    and `recall` is measured on a sample."""
 
     neighbours: Neighbours
     cells: int
-    nprobe: int
+    nprobe: float
     recall: float
 
 
@@ -97,25 +98,23 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     held = Rows(rows, distinct)
     truth = exact(sample, [held], what)
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
-    nprobe = choose_nprobe(cells, sample.vectors, Pairs.of(must, base, cells), what)
+    reach = choose_reach(cells, sample.vectors, Pairs.of(must, base, cells), what)
     best = Best(len(queries), what.k, what.min_score)
+    visits, cell = _visits(cells, rows if what.itself else queries, asking, reach)
     if what.itself:
-        way = _way(cells, rows, nprobe)
-        cell = way[:, 0].astype(np.int64)
         cell[~standing(rows, cell, len(cells), what)] = NONE
-        whole = Base.of(held, cell, len(cells))
         all_of = held if rows is base else Rows(base, np.arange(len(base)))
-        _ask(all_of, distinct, way, whole, best)
+        search(all_of, visits, Base.of(held, cell, len(cells)), best, Twins(best, distinct))
     else:
-        way = _way(cells, queries, nprobe)
         whole = Base.of(held, cells.assign(rows), len(cells))
-        _ask(Rows(queries, np.empty(0, np.int64)), asking, way, whole, best)
+        search(Rows(queries, np.full(len(queries), NONE)), visits, whole, best)
     found = best.sorted()
     measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
     if what.itself:
         _join_equal(found, kept, base, what.min_score)
+    nprobe = len(visits.queries) / len(asking)
     return Joined(found, len(cells), nprobe, measured)
 
 
@@ -126,22 +125,16 @@ def standing(rows: Floats, cell: Ints, cells: int, what: Search) -> Bools:
     return without_crowds(rows, cell, cells, what.alike)
 
 
-def _way(cells: Cells, rows: Floats, nprobe: int) -> Ids:
-    """`Cells.way` (n, p) of rows (n, D), a chunk at a time."""
-    chunks = range(0, len(rows), CHUNK_ROWS)
-    return np.concatenate([cells.way(rows[at : at + CHUNK_ROWS], nprobe) for at in chunks])
-
-
-def _ask(queries: Rows, asking: Ints, way: Ids, base: Base, best: Best) -> None:
-    """Rows at positions `asking` (a,) search the cells (a, p), a chunk of them at a time.
-
-    If queries have numbers, they are of the base, and the best of each is at its number.
-    """
-    twins = Twins(best, base.rows.numbers) if len(queries.numbers) else None
-    for start in range(0, len(way), CHUNK_ROWS):
-        visits = Visits.of(way[start : start + CHUNK_ROWS], len(base.starts) - 1)
-        chosen = asking[start : start + CHUNK_ROWS][visits.queries]
-        search(queries, Visits(chosen, visits.starts), base, best, twins)
+def _visits(cells: Cells, rows: Floats, asking: Ints, reach: Reach) -> tuple[Visits, Ints]:
+    """Which rows (n, D), named `asking` (n,), visit each cell; and the nearest cell of each."""
+    parts, nearest = [], np.empty(len(rows), np.int64)
+    for start in range(0, len(rows), CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        way = cells.way(rows[chunk], reach)
+        some = Visits.of(way, len(cells))
+        parts.append(Visits(asking[chunk][some.queries], some.starts))
+        nearest[chunk] = way[:, 0]
+    return Visits.joined(parts), nearest
 
 
 def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -> None:
@@ -224,27 +217,35 @@ class Pairs:
         return cls(query, cells.assign(rows), rows)
 
 
-def choose_nprobe(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> int:
-    """The smallest nprobe by which sampled queries (s, D) meet their neighbours.
+def choose_reach(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> Reach:
+    """The least reach by which sampled queries (s, D) meet their neighbours.
 
     Errors: RecallError when more than LONGEST_WAY cells would be needed.
     """
     if len(cells) <= FEW_CELLS:
-        return len(cells)
+        return Reach(np.inf, len(cells))
     if not len(pairs.query):
-        return LEAST
-    back = cells.assign(sample)[pairs.query]
-    nprobe = LEAST
-    while nprobe <= LONGEST_WAY:
-        met = _met(cells, sample, pairs.query, pairs.cell, nprobe)
+        return Reach(-np.inf, LEAST)
+    back, most = cells.assign(sample)[pairs.query], MOST
+    while True:
+        most = min(most, LONGEST_WAY, len(cells))
+        needed = _needed(cells, sample, pairs.query, pairs.cell, most)
         if what.itself:
-            met |= _met(cells, pairs.rows, np.arange(len(back)), back, nprobe)
-        if _surely(met, pairs.query) >= what.target_recall:
-            return nprobe
-        nprobe += max(1, nprobe // STEP)
-    raise RecallError(
-        f"recall {what.target_recall} needs more than {LONGEST_WAY} of {len(cells)} cells"
-    )
+            alike = np.arange(len(back))
+            needed = np.minimum(needed, _needed(cells, pairs.rows, alike, back, most))
+        steps = np.unique(needed[needed < np.inf])
+        enough = bisect_left(
+            steps,
+            True,
+            key=lambda margin: _surely(needed <= margin, pairs.query) >= what.target_recall,
+        )
+        if enough < len(steps):
+            return Reach(float(steps[enough]) + ROUNDING, most)
+        if most == min(LONGEST_WAY, len(cells)):
+            raise RecallError(
+                f"recall {what.target_recall} needs more than {most} of {len(cells)} cells"
+            )
+        most *= 2
 
 
 def _surely(met: Bools, query: Ints) -> float:
@@ -255,10 +256,15 @@ def _surely(met: Bools, query: Ints) -> float:
     return share - float(np.sqrt(np.square(off).sum())) / len(met)
 
 
-def _met(cells: Cells, rows: Floats, row: Ints, target: Ints, nprobe: int) -> Bools:
-    """Whether rows[row] ask in cell `target` (p,)."""
-    met: Bools = (cells.way(rows, nprobe)[row] == target[:, None]).any(axis=1)
-    return met
+def _needed(cells: Cells, rows: Floats, row: Ints, target: Ints, most: int) -> Floats:
+    """The margin with which rows[row] ask in cell `target` (p,): infinite if they never do."""
+    near = cells.nearest(rows, most)
+    at = near.number[row] == target[:, None]
+    place = at.argmax(axis=1)
+    needed: Floats = np.float32(NEAR_SHARE) * near.score[row, 0] - near.score[row, place]
+    needed[place < LEAST] = -np.inf
+    needed[~at.any(axis=1)] = np.inf
+    return needed
 
 
 def recall(found: Neighbours, truth: Neighbours, alike: float = np.inf) -> float:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints, as_rows, each, square_norms
+from curation.algorithms.products import Floats, Ints, as_rows, square_norms
+from curation.algorithms.tiles import each
 
 FIXED_BITS = 30  # of a component: 2**30 is 1; 8.6 billion unit rows fit an int64
 

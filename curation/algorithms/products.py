@@ -1,11 +1,6 @@
-"""Blocks of products in one thread or several: what k-means and the kNN join are made of.
+"""Blocks of products, and what is asked of them: what k-means and the kNN join are made of."""
 
-Work is cut in tiles that don't depend on the number of threads, so results don't either.
-"""
-
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -14,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from curation.algorithms import scans
+from curation.algorithms.tiles import buffer, each_tile
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -32,8 +28,7 @@ DEVICE_SCORES = 1 << 26  # of a tile on a GPU: 0.6 GB with what they are made fr
 PAD = 64
 
 NOTHING = np.empty(0, np.float32)
-
-_scratch = threading.local()
+NONE = -1  # the number of what isn't there
 
 # fp32 by oneDNN, for tiles of one shape: torch.mm asks MKL, which is half as fast on processors of
 # other makers, for which it doesn't use AVX-512.
@@ -54,6 +49,17 @@ def fast_dtype() -> torch.dtype:
 def fast_device() -> torch.device | None:
     """The GPU that products are computed on; None: this processor, and numba looks through them."""
     return torch.device("cuda") if torch.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Within:
+    """Columns that score at least `share` of a row's largest score less `margin`: of each row the
+    `least` best whatever they score, and `most` at most."""
+
+    share: float
+    margin: float
+    least: int
+    most: int
 
 
 class Products:
@@ -108,19 +114,44 @@ class Products:
         ones the smaller number: products in fp32, and numbers (n, t). For rows of norm 1 and no
         bias. What products in another precision leave in doubt is compared in fp32.
         """
-        count, scores = min(count, self._count), self._scores(rows)
-        if self._device is None:
-            found = scans.keys(scores)
-            least = scans.scores_of(scans.floors_of_top(found, self._count, count))
-            floors_of_rows = least - 2 * np.float32(self.slack)
-            at_row, at_column = self._reaching(found, floors_of_rows, NOTHING)
+        count, seen = min(count, self._count), self._seen(rows)
+        return self._ranked(rows, seen, self._top(seen, count), count)
+
+    def near(self, rows: Floats, within: Within) -> tuple[Floats, Ints]:
+        """The same of columns that score as `within` asks (n, within.most); NONE after them."""
+        seen = self._seen(rows)
+        floors = within.share * self._top(seen, 1) - within.margin
+        floors = np.minimum(floors, self._top(seen, min(within.least, self._count)))
+        score, number = self._ranked(rows, seen, floors, within.most)
+        floors = np.float32(within.share) * score[:, :1] - np.float32(within.margin)
+        number[:, within.least :][score[:, within.least :] < floors] = NONE
+        return score, number
+
+    def _seen(self, rows: Floats) -> scans.Keys | torch.Tensor:
+        """Scores (n, m) where they are looked at: on a GPU there, else as keys."""
+        scores = self._scores(rows)
+        return scans.keys(scores) if self._device is None else scores
+
+    def _top(self, seen: scans.Keys | torch.Tensor, count: int) -> Floats:
+        """What at least `count` of each row reach (n,), and few more."""
+        if isinstance(seen, torch.Tensor):
+            least: Floats = seen.topk(count, dim=1)[0][:, -1].numpy(force=True)
+            return least
+        return scans.scores_of(scans.floors_of_top(seen, self._count, count))
+
+    def _ranked(
+        self, rows: Floats, seen: scans.Keys | torch.Tensor, floors: Floats, count: int
+    ) -> tuple[Floats, Ints]:
+        """The best `count` (n, t) of what may reach floors (n,), by products in fp32."""
+        floors = np.maximum(floors - 2 * self.slack, np.finfo(np.float32).min).astype(np.float32)
+        if isinstance(seen, torch.Tensor):
+            lowest = torch.from_numpy(floors).to(self._device)
+            at_row, at_column = _on_device(seen >= lowest[:, None])
         else:
-            floors = scores.topk(count, dim=1)[0][:, -1:] - 2 * self.slack
-            at_row, at_column = _on_device(scores >= floors)
-        score = np.empty((len(rows), count), np.float32)
-        number = np.empty((len(rows), count), np.int64)
-        exact = np.asarray(self._exact)
-        _rank(rows, exact, at_row, at_column, score, number)
+            at_row, at_column = self._reaching(seen, floors, NOTHING)
+        score = np.full((len(rows), count), -np.inf, np.float32)
+        number = np.full((len(rows), count), NONE)
+        _rank(rows, np.asarray(self._exact), at_row, at_column, score, number)
         return score, number
 
     def reaching(
@@ -144,7 +175,7 @@ class Products:
         columns = len(others) or self._count
         shape = (len(found), columns)
         at_row, at_column = (
-            _buffer(name, shape, torch.int32).numpy().ravel() for name in ("row", "column")
+            buffer(name, shape, torch.int32).numpy().ravel() for name in ("row", "column")
         )
         of_rows, of_columns = (scans.floors_of(some, found.dtype) for some in (floors, others))
         count = scans.reaching(found, columns, of_rows, of_columns, at_row, at_column)
@@ -158,13 +189,13 @@ class Products:
             return scores if self._bias is None else scores + self._bias
         if self._pad:
             left = _padded(left, self._dtype)
-            out = _buffer("scores", (len(left), len(self._columns)), self._dtype)
+            out = buffer("scores", (len(left), len(self._columns)), self._dtype)
             whole = torch.mm(left, self._columns.T, out=out)[: len(rows)]
             return whole if self._bias is None else whole[:, : self._count] + self._bias
         if _mkldnn_linear and len(rows) == TILE_ROWS and self._count:
             out = _mkldnn_linear(left, self._columns, None, "none", [], "")
         else:
-            out = _buffer("scores", (len(rows), self._count), torch.float32)
+            out = buffer("scores", (len(rows), self._count), torch.float32)
             torch.mm(left, self._columns.T, out=out)
         return out if self._bias is None else out.add_(self._bias)
 
@@ -186,20 +217,9 @@ def _padded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return out
 
 
-def _buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """Memory that a thread uses again: fresh pages for every tile would cost more than the sums."""
-    kept = f"{name} {dtype}"
-    have = getattr(_scratch, kept, None)
-    if have is None or have.numel() < shape[0] * shape[1]:
-        have = torch.empty(shape[0] * shape[1], dtype=dtype)
-        setattr(_scratch, kept, have)
-    flat: torch.Tensor = have
-    return flat[: shape[0] * shape[1]].view(shape)
-
-
 def gathered(rows: Floats, chosen: Ints) -> Floats:
     """rows[chosen] in this thread's scratch memory, valid until its next call."""
-    out: Floats = _buffer("rows", (len(chosen), rows.shape[1]), torch.float32).numpy()
+    out: Floats = buffer("rows", (len(chosen), rows.shape[1]), torch.float32).numpy()
     np.take(rows, chosen, axis=0, out=out, mode="clip")
     return out
 
@@ -220,46 +240,11 @@ def rounded(rows: Floats) -> torch.Tensor:
 def chosen_of(rows: torch.Tensor, chosen: Ints, name: str) -> torch.Tensor:
     """rows[chosen], and some more rows up to a multiple of PAD, in this thread's scratch memory:
     valid until its next call by that name."""
-    at = _buffer(f"{name} at", (len(chosen) + -len(chosen) % PAD, 1), torch.int64)[:, 0]
+    at = buffer(f"{name} at", (len(chosen) + -len(chosen) % PAD, 1), torch.int64)[:, 0]
     at.numpy()[: len(chosen)] = chosen
     at[len(chosen) :] = 0
-    out = _buffer(name, (len(at), rows.shape[1]), rows.dtype)
+    out = buffer(name, (len(at), rows.shape[1]), rows.dtype)
     return torch.index_select(rows, 0, at, out=out)
-
-
-def each_tile(count: int, tile: int, work: Callable[[int, int], None]) -> None:
-    """work(start, stop) for consecutive tiles of 0 .. count, on as many threads as torch has."""
-    spans = [(start, min(start + tile, count)) for start in range(0, count, tile)]
-    each(len(spans), lambda number: work(*spans[number]))
-
-
-def each(count: int, work: Callable[[int], None]) -> None:
-    """work(i) for 0 .. count - 1 on as many threads as torch has, each product by one of them."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        for number in range(count):
-            work(number)
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in _pool(threads).map(work, range(count)):
-            pass
-    finally:
-        torch.set_num_threads(before)
-
-
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Kept by whoever calls: k-means asks for threads a hundred times an iteration.
-
-    A forked child has another id, and none of its parent's threads.
-    """
-    kept_for = threads, threading.get_native_id()
-    if getattr(_scratch, "pool_kept_for", None) != kept_for:
-        pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-        _scratch.pool_kept_for, _scratch.pool = kept_for, pool
-    kept: ThreadPoolExecutor = _scratch.pool
-    return kept
 
 
 def as_rows(block: npt.ArrayLike) -> Floats:
@@ -333,7 +318,7 @@ def _rank(
     rows: Floats, columns: Floats, at_row: Ids, at_column: Ids, score: Floats, number: Ints
 ) -> None:
     """The t best (n, t) of the pairs (p,), in order of rows, by their products in fp32, equal ones
-    by number; each row has t at least."""
+    by number."""
     size, filled, before = score.shape[1], 0, -1
     for pair in range(at_row.size):
         i, column = at_row[pair], at_column[pair]

@@ -1,6 +1,7 @@
 """Exact search inside cells: each is read once and answered for all queries that ask in it."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,16 +10,8 @@ import numpy as np
 import torch
 
 from curation.algorithms.best import Best, offer
-from curation.algorithms.products import (
-    Floats,
-    Ids,
-    Ints,
-    Products,
-    chosen_of,
-    each,
-    fast_dot,
-    rounded,
-)
+from curation.algorithms.products import Floats, Ids, Ints, Products, chosen_of, fast_dot, rounded
+from curation.algorithms.tiles import each
 
 QUERY_ROWS = 4096
 BASE_ROWS = 2048
@@ -78,6 +71,18 @@ class Visits:
         queries = np.empty(starts[-1], np.int64)
         _list_visits(cells, starts, queries)
         return cls(queries, starts[:-1])
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Visits]") -> "Visits":
+        """Of parts of the queries, in their order."""
+        starts = np.sum([part.starts for part in parts], axis=0)
+        queries, filled = np.empty(starts[-1], np.int64), starts[:-1].copy()
+        for part in parts:
+            counts = np.diff(part.starts)
+            places = np.repeat(filled - part.starts[:-1], counts) + np.arange(len(part.queries))
+            queries[places] = part.queries
+            filled += counts
+        return cls(queries, starts)
 
 
 @dataclass(frozen=True)

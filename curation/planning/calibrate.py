@@ -19,6 +19,7 @@ import pyarrow as pa
 from curation import pipeline
 from curation.algorithms import kmeans, knn
 from curation.algorithms.best import Best
+from curation.algorithms.cells import Reach
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats
 from curation.algorithms.sampling import draw_by_cluster
@@ -129,7 +130,7 @@ def _vectors() -> dict[str, float]:
     cells = knn.fit_cells(rows, rng)
     per_row = 2 * DIM * len(cells)
     assigning = _once(lambda: cells.assign(rows))
-    way = cells.way(rows, 8)
+    way = cells.way(rows, Reach(np.inf, 8))
     held = Rows(rows, numbers)
     whole = Base.of(held, way[:, 0].astype(np.int64), len(cells))
     visits = Visits.of(way, len(cells))

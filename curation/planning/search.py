@@ -99,9 +99,9 @@ def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
 def _answers(job: Job, ask: Ask) -> Iterator[Step]:
     c, sent = job.c, Sent.of(job, ask)
     row = 2 * ask.dim
-    load, again = row / c["load_bytes_per_s"], 1 + cell_search.FAR_ROWS
+    load = row / c["load_bytes_per_s"]
     blocks = sent.query_chunks * sent.buckets
-    routing = again * _to_cells(ask, sent) / (c["cells_gflops"] * 1e9)
+    routing = _to_cells(ask, sent) / (c["cells_gflops"] * 1e9)
     yield Step(
         f"{ask.name}: send the queries",
         "workers",
@@ -199,8 +199,7 @@ class Sent:
     @classmethod
     def of(cls, job: Job, ask: Ask) -> "Sent":
         cells = knn.cell_count(ask.base)
-        far = cell_search.FAR_ROWS
-        asked = min(cells, ask.nprobe * (1 + far * (cell_search.FAR_CELLS - 1)))
+        asked = min(cells, ask.nprobe)
         buckets = math.ceil(ask.base / neighbour_index.BUCKET_ROWS)
         copies = min(buckets, 1 + (asked - 1) * job.c["apart"])
         sent = ask.queries * copies * (2 * ask.dim + 8 + 4 * asked / copies)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from curation.algorithms import knn
-from curation.algorithms.cells import Cells
+from curation.algorithms.cells import Cells, Reach
 from curation.algorithms.products import Ids, Ints
 from curation.runtime.store import Store
 from curation.stages.tables import Part, VectorView
@@ -99,13 +99,18 @@ class Layout:
         return chunks
 
 
+UNKNOWN = Reach(0.0, 0)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Cells, the first cell of each bucket (b + 1,), and how many cells a query asks in."""
+    """Cells, the first cell of each bucket (b + 1,), and how far and in how many cells, on average,
+    queries ask."""
 
     cells: Cells
     edges: Ints
-    nprobe: int = 0
+    reach: Reach = UNKNOWN
+    nprobe: float = 0.0
 
     def bucket_of(self, cell: Ids | Ints) -> Ints:
         buckets: Ints = np.searchsorted(self.edges, cell, side="right") - 1
@@ -116,14 +121,15 @@ class Plan:
         return len(self.edges) - 1
 
     def save(self, store: Store, path: str) -> None:
-        cells = {"centroids": self.cells.centroids, "far": np.array(self.cells.far)}
-        save_arrays(store, path, **cells, nprobe=np.array(self.nprobe), edges=self.edges)
+        reach = {"margin": np.array(self.reach.margin), "most": np.array(self.reach.most)}
+        arrays = {"centroids": self.cells.centroids, "edges": self.edges, **reach}
+        save_arrays(store, path, **arrays, nprobe=np.array(self.nprobe))
 
     @classmethod
     def load(cls, store: Store, path: str) -> "Plan":
         have = load_arrays(store, path)
-        cells = Cells(have["centroids"], float(have["far"]))
-        return cls(cells, have["edges"], int(have["nprobe"]))
+        reach = Reach(float(have["margin"]), int(have["most"]))
+        return cls(Cells(have["centroids"]), have["edges"], reach, float(have["nprobe"]))
 
 
 def save_arrays(store: Store, path: str, **arrays: Any) -> None:

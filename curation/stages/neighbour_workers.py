@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.algorithms import knn
-from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.ivfpq import IvfPq
-from curation.algorithms.products import Floats, Ints
+from curation.algorithms.products import NONE, Floats, Ints
 from curation.algorithms.search import Base, Rows, Twins, Visits, search
 from curation.runtime.executor import Counts
 from curation.runtime.store import REQUESTS, Store, open_store, read_table, write_table
@@ -164,7 +164,7 @@ class RouteWorker:
         join, store, plan = self._join, self._store, self._plan
         queries, equal = load_distinct(join, store, self._layout.queries[chunk])
         write_table(store, join.path("equal", chunk), equal)
-        way = plan.cells.way(queries.vectors, plan.nprobe)
+        way = plan.cells.way(queries.vectors, plan.reach)
         row, step = np.nonzero(way != NONE)
         cell = way[row, step]
         bucket = plan.bucket_of(cell)

@@ -22,8 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import knn
-from curation.algorithms.best import NONE
-from curation.algorithms.products import Floats, Ints
+from curation.algorithms.products import NONE, Floats, Ints
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, all_cores
 from curation.runtime.store import Store, StoreError, delete_all, read_table
@@ -187,7 +186,7 @@ def _by_cells(one: Asking, crew: Crew) -> dict[str, Any]:
         answer = partial(AnswerWorker, join, store.uri, layout, wave)
         crew.work(join.stage, to, [(bucket, share) for bucket in range(plan.buckets)], answer)
         _delete(store, f"{join.folder}/queries")
-    facts = {"cells": len(plan.cells), "nprobe": plan.nprobe, "buckets": plan.buckets}
+    facts = {"cells": len(plan.cells), "nprobe": round(plan.nprobe, 1), "buckets": plan.buckets}
     return facts | {"waves": len(waves)}
 
 
@@ -207,7 +206,7 @@ def _merged(one: Asking, crew: Crew) -> float:
 
 
 def _choose_way(join: Join, store: Store) -> None:
-    """In how many cells a query asks, by the sample's true neighbours."""
+    """How far queries ask, by the sample's true neighbours."""
     plan = Plan.load(store, join.cells)
     table = best_of(_truth(join, store), join.k)
     sampled, rank = np.unique(column_numpy(table, "query"), return_inverse=True)
@@ -216,12 +215,13 @@ def _choose_way(join: Join, store: Store) -> None:
     sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
     try:
         with all_cores():
-            nprobe = knn.choose_nprobe(plan.cells, sample, pairs, join.what)
+            reach = knn.choose_reach(plan.cells, sample, pairs, join.what)
+            nprobe = float((plan.cells.way(sample, reach) != NONE).sum(axis=1).mean())
     except knn.RecallError as error:
         raise StoreError(
             f"{join.stage}: {error}; lower search.target_recall or raise search.exact_below"
         ) from None
-    replace(plan, nprobe=nprobe).save(store, join.setup("route"))
+    replace(plan, reach=reach, nprobe=nprobe).save(store, join.setup("route"))
 
 
 def _truth(join: Join, store: Store) -> pa.Table:
@@ -233,7 +233,7 @@ def _truth(join: Join, store: Store) -> pa.Table:
 def _waves(join: Join, layout: Layout, plan: Plan, store: Store) -> list[list[int]]:
     """The chunks of queries that are sent at once, by how many copies the sample would need."""
     sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
-    row, step = np.nonzero((way := plan.cells.way(sample, plan.nprobe)) != NONE)
+    row, step = np.nonzero((way := plan.cells.way(sample, plan.reach)) != NONE)
     sent = np.unique(row * plan.buckets + plan.bucket_of(way[row, step]))
     copies = len(sent) / len(sample)
     row_bytes = 2 * sample.shape[1] + 8 + 4 * len(row) / len(sent)

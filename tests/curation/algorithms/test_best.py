@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.algorithms.best import NONE, Best, offer
+from curation.algorithms.best import Best, offer
+from curation.algorithms.products import NONE
 
 PAIRS = st.lists(
     st.tuples(st.sampled_from([-1.0, -0.5, 0.0, 0.25, 0.5, 1.0]), st.integers(0, 30)),

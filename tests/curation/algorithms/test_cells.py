@@ -6,9 +6,8 @@ import torch
 from test_knn import NEAR_EQUAL, around, unit
 
 from curation.algorithms import products
-from curation.algorithms.best import NONE
-from curation.algorithms.cells import FAR_CELLS, Cells
-from curation.algorithms.products import Floats
+from curation.algorithms.cells import LEAST, NEAR_SHARE, Cells, Reach
+from curation.algorithms.products import NONE, Floats
 
 
 def fitted(rows: Floats, count: int) -> Cells:
@@ -70,17 +69,26 @@ def test_fewer_cells_than_asked_are_filled_up() -> None:
     assert (found.number != NONE).all()
 
 
-def test_rows_far_from_all_cells_ask_in_more() -> None:
-    rows = np.concatenate([around(40, 4000, 32, 0.1, 0), unit(400, 32, 1)])  # and noise
-    cells = fitted(rows[:4000], 60)
-    way = cells.way(rows, 5)
-    assert way.shape == (4400, 5 * FAR_CELLS)
-    np.testing.assert_array_equal(way[:, :5], cells.nearest(rows, 5).number)
-    wide = (way[:, 5:] != NONE).all(axis=1)
-    assert ((way[:, 5:] == NONE).all(axis=1) | wide).all()
-    assert 0.1 < wide[:4000].mean() < 0.2
-    assert wide[4000:].mean() > 0.9
-    np.testing.assert_array_equal(way[wide], cells.nearest(rows[wide], 5 * FAR_CELLS).number)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("margin", "most"), [(0.0, 40), (0.1, 9), (-np.inf, 3), (np.inf, 7)])
+def test_rows_ask_in_cells_that_score_nearly_as_their_nearest(
+    margin: float, most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.concatenate([around(40, 1000, 32, 0.1, 0), unit(400, 32, 1)])  # and noise
+    cells = fitted(rows[:1000], 60)
+    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
+    way = cells.way(rows, Reach(margin, most))
+    near = cells.nearest(rows, most)
+    asked = near.score >= NEAR_SHARE * near.score[:, :1] - margin
+    asked[:, :LEAST] = True
+    sure = np.abs(near.score - (NEAR_SHARE * near.score[:, :1] - margin)) > 1e-6
+    np.testing.assert_array_equal((way == np.where(asked, near.number, NONE))[sure], True)
+
+
+def test_noise_asks_in_more_cells() -> None:
+    rows = np.concatenate([around(40, 4000, 32, 0.1, 0), unit(400, 32, 1)])
+    asked = (fitted(rows[:4000], 60).way(rows, Reach(0.1, 40)) != NONE).sum(axis=1)
+    assert asked[:4000].mean() < 4 < 6 < asked[4000:].mean()
 
 
 def test_near_cells_have_near_numbers() -> None:

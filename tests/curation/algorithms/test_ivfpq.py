@@ -9,10 +9,9 @@ import torch
 from test_knn import around, bytes_of, check, check_share, unit
 
 from curation.algorithms import ivfpq
-from curation.algorithms.best import NONE
 from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.knn import RecallError
-from curation.algorithms.products import Floats
+from curation.algorithms.products import NONE, Floats
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from curation.algorithms import crowds, knn, products, search
-from curation.algorithms.best import NONE, Neighbours
+from curation.algorithms.best import Neighbours
+from curation.algorithms.cells import Reach
 from curation.algorithms.components import Components
 from curation.algorithms.knn import RecallError, Rows, Search, exact, join, recall
-from curation.algorithms.products import Floats, Ints
+from curation.algorithms.products import NONE, Floats, Ints
 
 
 def unit(rows: int, dim: int, seed: int) -> Floats:
@@ -290,7 +291,7 @@ def test_a_recall_that_cannot_be_reached_is_an_error(
     base = unit(2000, 64, 0)
     with pytest.raises(RecallError, match=r"recall 0.99 needs more than 6 of \d+ cells"):
         join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
-    monkeypatch.setattr(knn, "choose_nprobe", lambda *_: 2)
+    monkeypatch.setattr(knn, "choose_reach", lambda *_: Reach(-np.inf, 3))
     with pytest.raises(RecallError, match=r"recall 0\.\d{4} on a sample, below 0.99"):
         join(base if itself else unit(300, 64, 1), base, Search(10, itself=itself))
 
@@ -307,3 +308,24 @@ def test_recall_counts_misses_and_takes_ties() -> None:
     assert recall(half, nothing) == 1.0
     assert recall(half, truth, alike=0.7) == 1.0  # in a crowd one stands for all
     assert recall(half, truth, alike=0.85) == 0.5
+
+
+def test_the_reach_is_the_least_that_meets_enough_pairs() -> None:
+    rows = around(300, 9000, 32, 0.35, 0)
+    cells = knn.fit_cells(rows, np.random.default_rng(0))
+    sample = np.arange(0, 9000, 10)
+    truth = exact(Rows(rows[sample], sample), [Rows(rows, np.arange(9000))], Search(4, itself=True))
+    pairs = knn.Pairs.of(truth.number, rows, cells)
+    back = cells.assign(rows[sample])[pairs.query]
+
+    def share(reach: Reach) -> float:
+        there = (cells.way(rows[sample], reach)[pairs.query] == pairs.cell[:, None]).any(axis=1)
+        here = (cells.way(pairs.rows, reach) == back[:, None]).any(axis=1)
+        return float((there | here).mean())
+
+    for target in (0.9, 0.97):
+        reach = knn.choose_reach(
+            cells, rows[sample], pairs, Search(4, itself=True, target_recall=target)
+        )
+        assert target <= share(reach) < target + 0.03
+        assert share(Reach(reach.margin - 0.05, reach.most)) < target

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_knn import around, unit
 
 from curation.algorithms import assign as assigning
-from curation.algorithms import products
+from curation.algorithms import products, tiles
 from curation.algorithms.kmeans import fit
 from curation.algorithms.knn import Search, join
 from curation.algorithms.products import Floats, Products
@@ -121,7 +121,7 @@ def _doubled(numbers: list[int]) -> list[int]:
     def double(place: int) -> None:
         found[place] = 2 * numbers[place]
 
-    products.each(len(numbers), double)
+    tiles.each(len(numbers), double)
     return found
 
 

@@ -6,7 +6,8 @@ import torch
 from test_knn import check, unit
 
 from curation.algorithms import products, search
-from curation.algorithms.best import NONE, Best, Neighbours
+from curation.algorithms.best import Best, Neighbours
+from curation.algorithms.products import NONE
 from curation.algorithms.search import Base, Rows, Twins, Visits
 
 
@@ -64,3 +65,15 @@ def test_rows_in_no_cell_are_not_met() -> None:
     visits = Visits.of(np.zeros((40, 1), np.int32), 1)
     search.search(Rows(rows, np.empty(0, np.int64)), visits, base, best)
     assert set(best.sorted().number.ravel().tolist()) == {NONE, *range(0, 40, 2)}
+
+
+def test_joined_visits_are_those_of_all_parts() -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.integers(-1, 9, (200, 3)).astype(np.int32)
+    parts = []
+    for start, stop in ((0, 70), (70, 71), (71, 71), (71, 200)):
+        some = Visits.of(cells[start:stop], 9)
+        parts.append(Visits(some.queries + start, some.starts))
+    joined, whole = Visits.joined(parts), Visits.of(cells, 9)
+    np.testing.assert_array_equal(joined.starts, whole.starts)
+    np.testing.assert_array_equal(joined.queries, whole.queries)
