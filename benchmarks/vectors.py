@@ -5,7 +5,8 @@
 Uniform or Gaussian vectors are either too hard for an index (no neighbours) or too easy (separate
 blobs). These have a common mean, concepts of uneven size under shared roots, rows between two
 concepts, directions in which the concepts of one root vary, a full-rank remainder, and for the
-copy look rows that are edits of others. The number of concepts grows with the root of n.
+copy look rows that are edits of others. The number of concepts grows with the root of n. The copy
+look is that of a learned descriptor, as SSCD is: the built-in one without its brightness pattern.
 
 The looks were set by hand after features of 6,400 real photographs; the command prints statistics
 of both. They are not alike in all: at 6,400 rows an index finds the real copy descriptor's

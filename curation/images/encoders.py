@@ -21,6 +21,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from curation.images.brightness import BrightnessPattern
 from curation.images.errors import EncoderError
 
 DEMO_MODEL = "lvd_demo"
@@ -166,22 +167,29 @@ def load_copy_descriptor(weights: bytes | None) -> VectorModel:
 
 
 class CopyHead(nn.Module):
-    """The built-in copy descriptor: a linear layer over the CLS token and GeM-pooled patches.
+    """The built-in copy descriptor: a learned part and the brightness pattern.
 
-    A constant component may follow, which maps a cosine c to (c + a) / (1 + a), so that thresholds
-    lie on SSCD's scale.
+    The learned one is a linear layer over the CLS token and GeM-pooled patches. A cosine is
+    1 - `share` times that of the learned parts, and `share` times that of the patterns. A constant
+    component may follow, which maps a cosine c to (c + a) / (1 + a), so that thresholds lie on
+    SSCD's scale.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, dim: int, gem_p: float, a: float) -> None:
+    def __init__(
+        self, backbone: nn.Module, width: int, dim: int, pattern: BrightnessPattern, card: Any
+    ) -> None:
         super().__init__()
-        self.backbone, self.gem_p, self.a = backbone, gem_p, a
+        self.backbone, self.brightness = backbone, pattern
+        self.gem_p, self.share, self.a = card["gem_p"], card["brightness"], card["constant"]
         self.head = nn.Linear(2 * width, dim)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, dim) unit rows, or dim + 1 with the constant."""
+        """(B, 3, S, S) -> (B, dim + patterns) unit rows, and one more with the constant."""
         tokens: Tensor = self.backbone.forward_features(pixels)  # type: ignore[operator]
         patches = tokens[:, 1:].clamp(min=1e-6).pow(self.gem_p).mean(dim=1).pow(1 / self.gem_p)
-        rows = normalize(self.head(torch.cat([tokens[:, 0], patches], dim=1)), dim=1)
+        learned = normalize(self.head(torch.cat([tokens[:, 0], patches], dim=1)), dim=1)
+        pattern = self.brightness(pixels, learned)
+        rows = torch.cat([learned * (1 - self.share) ** 0.5, pattern * self.share**0.5], dim=1)
         if not self.a:
             return rows
         constant = rows.new_full((len(rows), 1), (self.a / (1 + self.a)) ** 0.5)
@@ -218,13 +226,13 @@ def _builtin(kind: str, precision: str) -> VectorModel:
 
     card, state = describe_builtin(kind), load_safetensors(_builtin_bytes(kind))
     net: nn.Module = VisionTransformer(**card["arch"])
-    if kind == "copy":
-        head = card["head"]
-        width = card["arch"]["embed_dim"]
-        rows = state["head.weight"].shape[0]
-        net = CopyHead(net, width, rows, head["gem_p"], head["constant"])
-    net.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
     given = card["input"]
+    if kind == "copy":
+        patterns = len(state["brightness.phases"])
+        pattern = BrightnessPattern(given["size"], patterns, tuple(given["std"]))
+        width, dim = card["arch"]["embed_dim"], len(state["head.weight"])
+        net = CopyHead(net, width, dim, pattern, card["head"])
+    net.load_state_dict({name: value.float() for name, value in state.items()}, strict=True)
     short = None if given["resize"] == "squash" else int(given["resize"].split("_")[2])
     form = InputFormat(given["size"], short, tuple(given["mean"]), tuple(given["std"]))
     return VectorModel(card["name"], net, form, precision)

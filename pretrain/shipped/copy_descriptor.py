@@ -2,9 +2,11 @@
 
 Pizzi et al. 2022: InfoNCE over strongly edited copies plus an entropy term that spreads the
 descriptors. Tensors of the file: `backbone.*` (timm VisionTransformer), `head.weight` (256, 384),
-`head.bias` (256,). Descriptor = unit norm of head(concat(CLS, GeM of the patch tokens)), both
-after the final norm; then, where the description's head.constant is a > 0, one constant component
-makes a cosine c read (c + a) / (1 + a).
+`head.bias` (256,), `brightness.frequencies` (256, 63), `brightness.phases` (256,). Descriptor =
+unit norm of head(concat(CLS, GeM of the patch tokens)), both after the final norm, times the root
+of 1 - w, and the brightness pattern (see brightness.py) times the root of w; w is the description's
+head.brightness. Then, where its head.constant is a > 0, one constant component makes a cosine c
+read (c + a) / (1 + a).
 """
 
 import hashlib
@@ -25,6 +27,7 @@ from torch.nn import functional
 
 from pretrain.errors import UserError
 from pretrain.shipped.augment import edited_copy, light_copy
+from pretrain.shipped.brightness import PATTERNS, SHARE, BrightnessPattern
 from pretrain.shipped.calibrate import Calibration, calibrate
 from pretrain.shipped.checkpoint import (
     checkpoint_path,
@@ -63,7 +66,7 @@ class CopyConfig:
     depth: int = 8
     trained_blocks: int = 3  # the last ones; those below stay the teacher's
     size: int = 160  # pixels, both sides
-    dim: int = 256
+    dim: int = 256  # of the learned part
     steps: int = 3000
     batch: int = 48  # images; each gives two views
     lr: float = 2e-4
@@ -109,8 +112,8 @@ def copy_descriptor(config: CopyConfig) -> None:
 
 
 def _description(config: CopyConfig, width: int, found: Calibration) -> dict[str, Any]:
-    dim = config.dim + (1 if found.constant else 0)
-    head = {"gem_p": GEM_POWER, "dim": dim, "constant": found.constant}
+    dim = config.dim + PATTERNS + (1 if found.constant else 0)
+    head = {"gem_p": GEM_POWER, "dim": dim, "brightness": SHARE, "constant": found.constant}
     arch = student_arch(width, config.depth, config.size)
     thresholds = {
         "min_cosine": found.min_cosine,
@@ -129,12 +132,13 @@ def _description(config: CopyConfig, width: int, found: Calibration) -> dict[str
 
 
 class CopyDescriptor(nn.Module):
-    """Images (B, 3, size, size) -> (B, dim) unit norm."""
+    """Images (B, 3, size, size) -> (B, dim + PATTERNS) unit norm; `learned` is trained."""
 
-    def __init__(self, backbone: VisionTransformer, dim: int) -> None:
+    def __init__(self, backbone: VisionTransformer, dim: int, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(2 * backbone.embed_dim, dim)
+        self.brightness = BrightnessPattern(backbone.patch_embed.img_size[0], seed)
 
     def pooled(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 2 * width): CLS, and GeM of the patch tokens (Radenovic et al. 2018)."""
@@ -142,8 +146,14 @@ class CopyDescriptor(nn.Module):
         patches = tokens[:, 1:].clamp(min=1e-6).pow(GEM_POWER).mean(dim=1).pow(1 / GEM_POWER)
         return torch.cat([tokens[:, 0], patches], dim=1)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def learned(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, dim) unit norm."""
         return functional.normalize(self.head(self.pooled(images)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        learned = self.learned(images)
+        pattern = self.brightness(images, learned)
+        return torch.cat([learned * (1 - SHARE) ** 0.5, pattern * SHARE**0.5], dim=1)
 
 
 def split_holdout(images: list[Path], share: float) -> tuple[list[Path], list[Path]]:
@@ -224,7 +234,7 @@ def initial_model(config: CopyConfig) -> CopyDescriptor:
     backbone.requires_grad_(False)
     backbone.blocks[-config.trained_blocks :].requires_grad_(True)
     backbone.norm.requires_grad_(True)
-    return CopyDescriptor(backbone, config.dim)
+    return CopyDescriptor(backbone, config.dim, config.seed)
 
 
 def whiten_start(model: CopyDescriptor, images: Sequence[Path]) -> None:
@@ -297,7 +307,7 @@ def train(config: CopyConfig, key: str, model: CopyDescriptor, images: list[Path
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, config.steps, config.steps // 20, config.lr, 1e-6)
         pixels, ids = views.batch(step)
-        descriptors = model(pixels)
+        descriptors = model.learned(pixels)
         contrast = info_nce(descriptors, ids, memory.views, memory.ids, TEMPERATURE)
         entropy = entropy_loss(descriptors, ids, memory.views, memory.ids)
         optimizer.zero_grad(set_to_none=True)

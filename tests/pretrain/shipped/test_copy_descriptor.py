@@ -7,6 +7,7 @@ from PIL import Image
 
 import pretrain.shipped.copy_descriptor as module
 from pretrain.shipped.augment import edited_copy, shrink
+from pretrain.shipped.brightness import PATTERNS
 from pretrain.shipped.calibrate import pair_cosines, threshold_at
 from pretrain.shipped.copy_descriptor import (
     CopyConfig,
@@ -73,7 +74,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes_and_the_file_describes_itse
     rows = model(torch.zeros(2, 3, 64, 64))
     assert torch.allclose(rows.norm(dim=1), torch.ones(2))
     head, thresholds = description["head"], description["thresholds"]
-    assert description["dim"] == head["dim"] == 16 + (head["constant"] > 0)
+    assert description["dim"] == head["dim"] == 16 + PATTERNS + (head["constant"] > 0)
     assert thresholds["holdout_min_cosine"] <= thresholds["min_cosine"]
 
 
