@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,23 @@ def machine() -> str:
 
     info = Path("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    packages = ", ".join(
-        f"{package} {version(package)}" for package in ("torch", "faiss-cpu", "numpy", "numba")
-    )
     parts = [
         name[1] if name else "unknown processor",
         f"{os.cpu_count()} cores",
         _instructions(),
         f"{torch.get_num_threads()} threads",
         f"load {os.getloadavg()[0]:.1f}",
-        packages,
+        *filter(None, map(_package, ("torch", "faiss-cpu", "faiss-gpu", "numpy", "numba"))),
     ]
     return ", ".join(parts)
+
+
+def _package(name: str) -> str:
+    """With its version; empty where it isn't installed."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def _instructions() -> str:

@@ -13,8 +13,11 @@ import numba
 import numpy as np
 import torch
 
-from curation.algorithms import bounds
+from curation.algorithms import bounds, gpu
 from curation.algorithms.bounds import Bounds, Call, Columns, Moves
+from curation.algorithms.equal import first_of_equal
+from curation.algorithms.gpu_assign import GpuAssigner
+from curation.algorithms.lloyd import Assign
 from curation.algorithms.products import (
     NOTHING,
     ROUNDED,
@@ -25,7 +28,6 @@ from curation.algorithms.products import (
     Ints,
     Products,
     exact_dot,
-    fast_device,
     fast_dtype,
     gathered,
     lost,
@@ -43,8 +45,13 @@ ROUNDING = 1e-6  # of |row| |centroid|: what adding up bounds in fp32 may lose
 
 def assign(rows: Floats, centroids: Floats, spherical: bool = True) -> tuple[Ints, Floats]:
     """The nearest of `centroids` (k, D) for each of `rows` (n, D): number (n,), score (n,)."""
-    cluster = Assigner(spherical)(rows, centroids)
+    cluster = assigner(spherical)(rows, centroids)
     return cluster, scores_of(rows, centroids, cluster, spherical)
+
+
+def assigner(spherical: bool = True) -> Assign:
+    """What assigns the same rows again and again: on a GPU, if there is one."""
+    return GpuAssigner(spherical) if gpu.device() else Assigner(spherical)
 
 
 def scores_of(rows: Floats, centroids: Floats, cluster: Ints, spherical: bool = True) -> Floats:
@@ -94,8 +101,8 @@ class Assigner:
 
     def _is_new(self, to: Columns, count: int) -> bool:
         """Whether no bound holds: at first, or when a repeated centroid has moved off its twin."""
-        if self._now < 0 or len(self._known.rest) != count or fast_device() is not None:
-            return True  # a GPU compares all faster than bounds are read
+        if self._now < 0 or len(self._known.rest) != count:
+            return True
         before = self._columns[self._now].bias
         return before.shape != to.bias.shape or bool(np.any(np.isinf(before) & ~np.isinf(to.bias)))
 
@@ -209,11 +216,7 @@ def _columns(centroids: Floats, spherical: bool) -> Columns:
     """With a bias of minus infinity for a centroid that was there before."""
     wide = centroids.astype(np.float64)
     bias = np.zeros(len(wide)) if spherical else -0.5 * np.einsum("kd,kd->k", wide, wide)
-    as_bytes = np.ascontiguousarray(centroids).view(f"V{4 * centroids.shape[1]}")[:, 0]
-    first = np.unique(as_bytes, return_index=True)[1]
-    again = np.ones(len(wide), bool)
-    again[first] = False
-    bias[again] = -np.inf
+    bias[first_of_equal(centroids) != np.arange(len(wide))] = -np.inf
     return Columns(centroids, bias, bias.astype(np.float32))
 
 

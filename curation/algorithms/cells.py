@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from curation.algorithms import gpu
 from curation.algorithms.best import Neighbours
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import Floats, Ids, Ints, Products, Within, square_norms
@@ -54,7 +55,7 @@ class Cells:
 
     def nearest(self, rows: Floats, count: int) -> Neighbours:
         """The `count` nearest cells of rows (n, D), nearest first, equal ones by number."""
-        products, shape = Products(self.centroids), (len(rows), min(count, len(self)))
+        products, shape = self._products(), (len(rows), min(count, len(self)))
         found = Neighbours(np.empty(shape, np.float32), np.empty(shape, np.int64))
 
         def tile(start: int, stop: int) -> None:
@@ -66,7 +67,7 @@ class Cells:
 
     def way(self, rows: Floats, reach: Reach) -> Ids:
         """The cells that rows (n, D) ask in, nearest first, then NONE: (n, reach.most)."""
-        products, way = Products(self.centroids), np.empty((len(rows), reach.most), np.int32)
+        products, way = self._products(), np.empty((len(rows), reach.most), np.int32)
         within = Within(NEAR_SHARE, reach.margin, LEAST, reach.most)
 
         def tile(start: int, stop: int) -> None:
@@ -74,6 +75,9 @@ class Cells:
 
         each_tile(len(rows), products.tile_rows, tile)
         return way
+
+    def _products(self) -> Products | gpu.Columns:
+        return gpu.Columns(self.centroids) if gpu.device() else Products(self.centroids)
 
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""

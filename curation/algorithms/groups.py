@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 
-from curation.algorithms.assign import Assigner, assign
+from curation.algorithms.assign import assign, assigner
 from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.lloyd import Assign, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import NONE, Floats, Ints, exact_dot
-from curation.algorithms.search import Base, Rows, Visits, search
+from curation.algorithms.search import search
 from curation.algorithms.tiles import each_tile
+from curation.algorithms.visits import Base, Rows, Visits
 
 SAMPLE_PER_GROUP = 32
 ITERATIONS = 6
@@ -44,7 +45,7 @@ class Groups:
         drawn = min(len(centroids), SAMPLE_PER_GROUP * count)
         chosen = np.sort(rng.choice(len(centroids), drawn, replace=False))
         groups = _centroids(centroids[chosen], count, rng)
-        group = Assigner()(centroids, groups)
+        group = assigner()(centroids, groups)
         used, group = np.unique(group, return_inverse=True)
         base = Base.of(Rows(centroids, np.arange(len(centroids))), group, len(used))
         return cls(base, groups[used], min(4, len(used)))._with_beam(rows, centroids)
@@ -122,7 +123,7 @@ def assigners(spherical: bool, k: int, probe: Callable[[], Floats]) -> Callable[
     `probe` gives.
     """
     if not spherical or k <= MANY:  # centroids are grouped by direction
-        return Assigner
+        return assigner
     shared = GroupedAssigner(probe())
     return lambda _: shared
 
@@ -130,7 +131,7 @@ def assigners(spherical: bool, k: int, probe: Callable[[], Floats]) -> Callable[
 def _centroids(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
     """Spherical k-means of rows (n, D), a few iterations from random rows."""
     chosen = np.sort(rng.choice(len(rows), min(count, len(rows)), replace=False))
-    sweep = BlockSweep(lambda: [rows], Metric(), Assigner)
+    sweep = BlockSweep(lambda: [rows], Metric(), assigner)
     return lloyd(Clustering(rows[chosen], ()), sweep, ITERATIONS, Metric()).centroids
 
 

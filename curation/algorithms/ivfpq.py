@@ -19,8 +19,8 @@ from curation.algorithms.best import Best, Neighbours, offer
 from curation.algorithms.kmeans import fit
 from curation.algorithms.knn import RecallError, Search, exact, recall
 from curation.algorithms.products import Floats, Ints, check_finite, fast_dot
-from curation.algorithms.search import Rows
 from curation.algorithms.tiles import each_tile
+from curation.algorithms.visits import Rows
 
 BITS = 4
 WIDTH = 4  # components a code

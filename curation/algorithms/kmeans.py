@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numba
 import numpy as np
 
-from curation.algorithms.assign import Assigner
+from curation.algorithms.assign import assigner
 from curation.algorithms.groups import AGREEMENT_ROWS, assigners
 from curation.algorithms.lloyd import Assign, Blocks, BlockSweep, Clustering, Metric, lloyd
 from curation.algorithms.products import Floats, Ints, as_rows, check_finite
@@ -127,7 +127,7 @@ def first_centroids(
     if not settles:
         return rows
     begin = Clustering(rows[np.sort(rng.choice(len(rows), k, replace=False))], ())
-    sweep = BlockSweep(lambda: [rows], metric, Assigner)
+    sweep = BlockSweep(lambda: [rows], metric, assigner)
     return lloyd(begin, sweep, SETTLING_ITERATIONS, metric).centroids
 
 

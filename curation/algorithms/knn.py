@@ -10,19 +10,18 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.cells import LEAST, NEAR_SHARE, SAMPLE_PER_CELL, Cells, Reach
 from curation.algorithms.crowds import ALIKE, without_crowds
+from curation.algorithms.equal import first_of_equal
 from curation.algorithms.products import NONE, Floats, Ints, check_finite
-from curation.algorithms.search import Base, Rows, Twins, Visits, search
+from curation.algorithms.search import search
+from curation.algorithms.visits import Base, Rows, Twins, Visits
 
 Bools = npt.NDArray[np.bool_]
-Hashes = npt.NDArray[np.uint64]
-Words = npt.NDArray[np.uint32]
 
 ROWS_PER_CELL = 256  # at least
 CELLS = 3  # by the square root of the base, at most: a row is compared with all of them
@@ -143,31 +142,6 @@ def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -
     score = np.einsum("nd,nd->n", rows[again], rows[again])
     again, score = again[score > min_score], score[score > min_score]
     found.score[again, 0], found.number[again, 0] = score, kept[again]
-
-
-def first_of_equal(rows: Floats) -> Ints:
-    """For each row (n, D) the position of the first that is equal to it (n,)."""
-    hashes = _hashes(np.ascontiguousarray(rows, np.float32).view(np.uint32))
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    firsts: Ints = first[inverse]
-    again = np.flatnonzero(firsts != np.arange(len(rows)))
-    for start in range(0, len(again), CHUNK_ROWS):  # equal hashes are not yet equal rows
-        mine = again[start : start + CHUNK_ROWS]
-        differ = (rows[mine] != rows[firsts[mine]]).any(axis=1)
-        firsts[mine[differ]] = mine[differ]
-    return firsts
-
-
-@numba.njit(nogil=True, cache=True)
-def _hashes(words: Words) -> Hashes:
-    """FNV-1a over the words of each row (n, D)."""
-    out = np.empty(len(words), np.uint64)
-    for i in range(words.shape[0]):
-        value = np.uint64(0xCBF29CE484222325)
-        for d in range(words.shape[1]):
-            value = (value ^ np.uint64(words[i, d])) * np.uint64(0x100000001B3)
-        out[i] = value
-    return out
 
 
 def cell_count(base_rows: int) -> int:

@@ -7,11 +7,12 @@ same result in whatever order and grouping the rows were summed.
 import heapq
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numba
 import numpy as np
 
-from curation.algorithms.products import Floats, Ints, as_rows, square_norms
+from curation.algorithms.products import NONE, Floats, Ints, as_rows, square_norms
 from curation.algorithms.tiles import each
 
 FIXED_BITS = 30  # of a component: 2**30 is 1; 8.6 billion unit rows fit an int64
@@ -50,14 +51,17 @@ class Totals:
 
     def add(self, rows: Floats, cluster: Ints, metric: Metric) -> None:
         """Counts rows (n, D) with their clusters (n,) in."""
-        before = np.full(len(rows), -1)
-        self.move(rows, before, cluster, metric)
+        self.add_squares(rows, metric)
+        self.move(rows, np.full(len(rows), NONE), cluster, metric)
+
+    def add_squares(self, rows: Floats, metric: Metric) -> None:
+        """Those of rows (n, D) that are new."""
         if not metric.spherical:
             fixed = np.rint(np.ldexp(square_norms(rows), FIXED_BITS - 2 * metric.exponent))
             self.squares += int(fixed.astype(np.int64).sum())
 
     def move(self, rows: Floats, before: Ints, after: Ints, metric: Metric) -> None:
-        """Takes rows (n, D) out of clusters `before` (n,), -1 for none, and into `after` (n,)."""
+        """Takes rows (n, D) out of clusters `before` (n,), NONE for none, and into `after` (n,)."""
         scale = np.float32(2.0 ** (FIXED_BITS - metric.exponent))
         columns = np.linspace(0, rows.shape[1], 9).astype(int)
         state = (rows, before, after, scale, self.sums)
@@ -70,6 +74,14 @@ class Totals:
         self.sums += other.sums
         self.counts += other.counts
         self.squares += other.squares
+
+
+@runtime_checkable
+class Summing(Protocol):
+    """What assigns the same rows call after call, and adds up those that changed their cluster."""
+
+    def totals(self, rows: Floats, centroids: Floats, metric: Metric) -> Totals:
+        """How the totals of rows (n, D) differ from those of the last call."""
 
 
 Sweep = Callable[[Floats], Totals]
@@ -98,12 +110,15 @@ class BlockSweep:
             rows = as_rows(block)
             if number == len(self._assigners):
                 self._assigners.append(self._make_assigner(self._metric.spherical))
-                self._clusters.append(self._assigners[number](rows, centroids))
-                totals.add(rows, self._clusters[number], self._metric)
-            else:
-                cluster = self._assigners[number](rows, centroids)
-                totals.move(rows, self._clusters[number], cluster, self._metric)
-                self._clusters[number] = cluster
+                self._clusters.append(np.full(len(rows), NONE))
+                totals.add_squares(rows, self._metric)
+            assigner = self._assigners[number]
+            if isinstance(assigner, Summing):
+                totals.merge(assigner.totals(rows, centroids, self._metric))
+                continue
+            cluster = assigner(rows, centroids)
+            totals.move(rows, self._clusters[number], cluster, self._metric)
+            self._clusters[number] = cluster
         self._totals = totals
         return totals
 

@@ -24,7 +24,6 @@ SLACK = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 
 SQUARES_TILE = 8192
 TILE_ROWS = 1024  # what fits a core's cache with its scores
-DEVICE_SCORES = 1 << 26  # of a tile on a GPU: 0.6 GB with what they are made from
 PAD = 64
 
 NOTHING = np.empty(0, np.float32)
@@ -36,19 +35,12 @@ _mkldnn_linear: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def fast_dtype() -> torch.dtype:
-    """bf16 where matrices of it are multiplied faster, else fp32.
+    """bf16 where the processor multiplies matrices of it faster, else fp32.
 
-    That is on GPUs since Ampere and on processors with AMX or AVX-512 BF16.
+    That is on those with AMX or AVX-512 BF16.
     """
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     faster = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if faster else torch.float32
-
-
-def fast_device() -> torch.device | None:
-    """The GPU that products are computed on; None: this processor, and numba looks through them."""
-    return torch.device("cuda") if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -65,9 +57,10 @@ class Within:
 class Products:
     """Scores of rows against fixed `columns` (m, D): row . column + bias.
 
-    `slack` bounds what a score can be off for rows of norm 1. On a GPU the scores stay there, and
-    only what was asked for comes back.
+    `slack` bounds what a score can be off for rows of norm 1.
     """
+
+    tile_rows = TILE_ROWS  # how many are best given at a time
 
     def __init__(
         self,
@@ -75,25 +68,17 @@ class Products:
         bias: Floats | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._device = fast_device()
         self._dtype = dtype or fast_dtype()
         self._exact, self._count = columns, len(columns)
-        self._pad = self._device is None and self._dtype != torch.float32
-        self._columns = torch.as_tensor(columns).to(self._device, self._dtype)
+        self._pad = self._dtype != torch.float32
+        self._columns = torch.as_tensor(columns).to(self._dtype)
         norms = torch.linalg.vector_norm(self._columns, dim=1, dtype=torch.float32)
         longest = float(norms.max()) * (1 + SLACK[self._dtype]) if self._count else 0.0
         if self._pad:
             self._columns = _padded(self._columns, self._dtype)
         none = bias is None or not bias.any()
-        self._bias = None if none else torch.from_numpy(bias).to(self._device)
+        self._bias = None if none else torch.from_numpy(bias)
         self.slack = SLACK[self._dtype] * longest
-
-    @property
-    def tile_rows(self) -> int:
-        """How many rows are best given at a time."""
-        if self._device is None:
-            return TILE_ROWS
-        return max(1, DEVICE_SCORES // self._count)
 
     def scores(self, rows: Floats) -> Floats:
         """(n, m) scores of rows (n, D) in fp32: good until this thread's next call."""
@@ -103,7 +88,7 @@ class Products:
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
         count, scores = min(count, self._count), self._scores(rows)
-        if self._device is None and count <= scans.INSERTED:
+        if count <= scans.INSERTED:
             best, at = scans.top(scans.keys(scores), self._count, count)
             return scans.scores_of(best), at
         largest, places = scores[:, : self._count].float().topk(count, dim=1)
@@ -114,41 +99,29 @@ class Products:
         ones the smaller number: products in fp32, and numbers (n, t). For rows of norm 1 and no
         bias. What products in another precision leave in doubt is compared in fp32.
         """
-        count, seen = min(count, self._count), self._seen(rows)
-        return self._ranked(rows, seen, self._top(seen, count), count)
+        count, found = min(count, self._count), scans.keys(self._scores(rows))
+        return self._ranked(rows, found, self._top(found, count), count)
 
     def near(self, rows: Floats, within: Within) -> tuple[Floats, Ints]:
         """The same of columns that score as `within` asks (n, within.most); NONE after them."""
-        seen = self._seen(rows)
-        floors = within.share * self._top(seen, 1) - within.margin
-        floors = np.minimum(floors, self._top(seen, min(within.least, self._count)))
-        score, number = self._ranked(rows, seen, floors, within.most)
+        found = scans.keys(self._scores(rows))
+        floors = within.share * self._top(found, 1) - within.margin
+        floors = np.minimum(floors, self._top(found, min(within.least, self._count)))
+        score, number = self._ranked(rows, found, floors, within.most)
         floors = np.float32(within.share) * score[:, :1] - np.float32(within.margin)
         number[:, within.least :][score[:, within.least :] < floors] = NONE
         return score, number
 
-    def _seen(self, rows: Floats) -> scans.Keys | torch.Tensor:
-        """Scores (n, m) where they are looked at: on a GPU there, else as keys."""
-        scores = self._scores(rows)
-        return scans.keys(scores) if self._device is None else scores
-
-    def _top(self, seen: scans.Keys | torch.Tensor, count: int) -> Floats:
+    def _top(self, found: scans.Keys, count: int) -> Floats:
         """What at least `count` of each row reach (n,), and few more."""
-        if isinstance(seen, torch.Tensor):
-            least: Floats = seen.topk(count, dim=1)[0][:, -1].numpy(force=True)
-            return least
-        return scans.scores_of(scans.floors_of_top(seen, self._count, count))
+        return scans.scores_of(scans.floors_of_top(found, self._count, count))
 
     def _ranked(
-        self, rows: Floats, seen: scans.Keys | torch.Tensor, floors: Floats, count: int
+        self, rows: Floats, found: scans.Keys, floors: Floats, count: int
     ) -> tuple[Floats, Ints]:
         """The best `count` (n, t) of what may reach floors (n,), by products in fp32."""
         floors = np.maximum(floors - 2 * self.slack, np.finfo(np.float32).min).astype(np.float32)
-        if isinstance(seen, torch.Tensor):
-            lowest = torch.from_numpy(floors).to(self._device)
-            at_row, at_column = _on_device(seen >= lowest[:, None])
-        else:
-            at_row, at_column = self._reaching(seen, floors, NOTHING)
+        at_row, at_column = self._reaching(found, floors, NOTHING)
         score = np.full((len(rows), count), -np.inf, np.float32)
         number = np.full((len(rows), count), NONE)
         _rank(rows, np.asarray(self._exact), at_row, at_column, score, number)
@@ -162,14 +135,7 @@ class Products:
         `floors` (n,) are of the first n rows, `others` (m,) of the first m columns, or empty: then
         only the rows' count. In this thread's scratch memory, valid until its next call.
         """
-        scores = self._scores(rows)[: len(floors)]
-        if self._device is None:
-            return self._reaching(scans.keys(scores), floors, others)
-        scores = scores[:, : len(others) or self._count]
-        reached = scores >= torch.from_numpy(floors).to(self._device)[:, None]
-        if len(others):
-            reached |= scores >= torch.from_numpy(others).to(self._device)
-        return _on_device(reached)
+        return self._reaching(scans.keys(self._scores(rows)[: len(floors)]), floors, others)
 
     def _reaching(self, found: scans.Keys, floors: Floats, others: Floats) -> tuple[Ids, Ids]:
         columns = len(others) or self._count
@@ -183,10 +149,7 @@ class Products:
 
     def _scores(self, rows: Floats | torch.Tensor) -> torch.Tensor:
         """(n, m), in bf16 some more that mean nothing; in this thread's scratch memory."""
-        left = torch.as_tensor(rows).to(self._device)
-        if self._device is not None:
-            scores = (left.to(self._dtype) @ self._columns.T).float()
-            return scores if self._bias is None else scores + self._bias
+        left = torch.as_tensor(rows)
         if self._pad:
             left = _padded(left, self._dtype)
             out = buffer("scores", (len(left), len(self._columns)), self._dtype)
@@ -198,12 +161,6 @@ class Products:
             out = buffer("scores", (len(rows), self._count), torch.float32)
             torch.mm(left, self._columns.T, out=out)
         return out if self._bias is None else out.add_(self._bias)
-
-
-def _on_device(reached: torch.Tensor) -> tuple[Ids, Ids]:
-    """Rows and columns (p,) of what is true (n, m)."""
-    row, column = (place.to(torch.int32).numpy(force=True) for place in reached.nonzero().T)
-    return row, column
 
 
 def _padded(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

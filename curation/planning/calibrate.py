@@ -23,7 +23,8 @@ from curation.algorithms.cells import Reach
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats
 from curation.algorithms.sampling import draw_by_cluster
-from curation.algorithms.search import Base, Rows, Visits, search
+from curation.algorithms.search import search
+from curation.algorithms.visits import Base, Rows, Visits
 from curation.images.decode import Limits, decode
 from curation.images.effort import copy_effort, semantic_effort
 from curation.images.sources import scan_tar

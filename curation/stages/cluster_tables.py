@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import groups
-from curation.algorithms.assign import Assigner
+from curation.algorithms.assign import assigner
 from curation.algorithms.groups import Groups
 from curation.algorithms.products import Floats, Ints
-from curation.algorithms.search import Base, Rows
+from curation.algorithms.visits import Base, Rows
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, Item, MakeWorker, Work, map_parts, require_all
 from curation.runtime.store import Store, read_table, write_table
@@ -127,7 +127,7 @@ class Nearest:
     def __call__(self, rows: Floats) -> Ints:
         """Number (n,) of the nearest centroid of each row (n, D): see `groups.assigners`."""
         if self._groups is None:
-            return Assigner(spherical=True)(rows, self.centroids)
+            return assigner()(rows, self.centroids)
         return self._groups.assign(rows, self.centroids)
 
 

@@ -9,9 +9,11 @@ import pyarrow.compute as pc
 
 from curation.algorithms import knn
 from curation.algorithms.best import Best, Neighbours
+from curation.algorithms.equal import first_of_equal
 from curation.algorithms.ivfpq import IvfPq
 from curation.algorithms.products import NONE, Floats, Ints
-from curation.algorithms.search import Base, Rows, Twins, Visits, search
+from curation.algorithms.search import search
+from curation.algorithms.visits import Base, Rows, Twins, Visits
 from curation.runtime.executor import Counts
 from curation.runtime.store import REQUESTS, Store, open_store, read_table, write_table
 from curation.schema import NEIGHBOURS
@@ -40,7 +42,7 @@ def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Rows
     found = load(join.queries, store, parts)
     if not join.itself or not len(found):
         return found, NEIGHBOURS.empty_table()
-    first = knn.first_of_equal(found.vectors)
+    first = first_of_equal(found.vectors)
     stays = first == np.arange(len(first))
     again, first = np.flatnonzero(~stays), first[~stays]
     cosine = np.einsum("nd,nd->n", found.vectors[again], found.vectors[again])

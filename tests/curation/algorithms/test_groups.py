@@ -6,7 +6,7 @@ import torch
 from test_knn import NEAR_EQUAL, around, unit
 
 from curation.algorithms import groups as module
-from curation.algorithms.assign import Assigner, assign, scores_of
+from curation.algorithms.assign import Assigner, assign, assigner, scores_of
 from curation.algorithms.groups import AGREEMENT, GroupedAssigner, Groups, assigners
 from curation.algorithms.kmeans import Options, fit, fit_blocks
 from curation.algorithms.products import Floats
@@ -74,6 +74,6 @@ def test_adversarial_centroids_are_assigned(centroids: Floats) -> None:
 
 def test_plain_kmeans_of_many_compares_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MANY", 5)
-    assert assigners(False, 20, lambda: unit(5, 8, 0)) is Assigner
-    assert assigners(True, 5, lambda: unit(5, 8, 0)) is Assigner
+    assert assigners(False, 20, lambda: unit(5, 8, 0)) is assigner
+    assert assigners(True, 5, lambda: unit(5, 8, 0)) is assigner
     assert isinstance(assigners(True, 20, lambda: unit(5, 8, 0))(True), GroupedAssigner)

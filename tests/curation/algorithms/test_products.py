@@ -1,4 +1,4 @@
-"""Products on the processor and by the code for a GPU (here on the processor's own device)."""
+"""Products, and what is asked of them."""
 
 import multiprocessing
 
@@ -7,35 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_knn import around, unit
+from test_knn import unit
 
-from curation.algorithms import assign as assigning
-from curation.algorithms import products, tiles
-from curation.algorithms.kmeans import fit
-from curation.algorithms.knn import Search, join
+from curation.algorithms import tiles
 from curation.algorithms.products import Floats, Products
 
 FLOATS = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
-
-
-def on(device: torch.device | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (products, assigning):
-        monkeypatch.setattr(module, "fast_device", lambda: device)
-
-
-@pytest.fixture(params=[None, torch.device("cpu")], ids=["numba", "device"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device | None:
-    on(request.param, monkeypatch)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("columns", [20, 300, 1500])
 @pytest.mark.parametrize("count", [1, 9, 20, 200, 9999])
 @pytest.mark.parametrize("biased", [False, True])
-def test_top_are_the_largest(
-    device: torch.device | None, dtype: torch.dtype, count: int, columns: int, biased: bool
-) -> None:
+def test_top_are_the_largest(dtype: torch.dtype, count: int, columns: int, biased: bool) -> None:
     rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
     bias = np.linspace(-1, 1, columns, dtype="f4") * biased
     found = Products(fixed, bias, dtype)
@@ -49,9 +33,7 @@ def test_top_are_the_largest(
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("columns", "count"), [(20, 3), (300, 7), (300, 200), (1500, 7), (9, 99)])
-def test_the_nearest_are_exact(
-    device: torch.device | None, dtype: torch.dtype, columns: int, count: int
-) -> None:
+def test_the_nearest_are_exact(dtype: torch.dtype, columns: int, count: int) -> None:
     rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
     fixed[columns // 2 :] = fixed[: -(columns // 2)]  # each twice
     score, column = Products(fixed, None, dtype).nearest(rows, count)
@@ -63,9 +45,7 @@ def test_the_nearest_are_exact(
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("columns", [31, 32, 127, 333, 1024, 1025, 1500])
-def test_all_that_reaches_a_floor_is_found_in_wide_blocks(
-    device: torch.device | None, dtype: torch.dtype, columns: int
-) -> None:
+def test_all_that_reaches_a_floor_is_found_in_wide_blocks(dtype: torch.dtype, columns: int) -> None:
     rows, fixed, rng = unit(50, 24, 0), unit(columns, 24, 1), np.random.default_rng(2)
     found = Products(fixed, None, dtype)
     floors, others = (rng.uniform(-0.2, 0.9, size).astype("f4") for size in (50, columns))
@@ -81,11 +61,9 @@ def test_all_that_reaches_a_floor_is_found_in_wide_blocks(
 
 
 @settings(deadline=None)  # the first call compiles
-@given(
-    rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 99), gpu=st.booleans()
-)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 100), seed=st.integers(0, 99))
 def test_what_reaches_a_floor_of_its_row_or_column_is_found(
-    rows: int, columns: int, seed: int, gpu: bool
+    rows: int, columns: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     scores, floors, other = (
@@ -95,24 +73,12 @@ def test_what_reaches_a_floor_of_its_row_or_column_is_found(
     floors[0], other[0] = -np.inf, np.inf
     by_row = scores >= floors[:, None]
     nothing: Floats = np.empty(0, np.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        on(torch.device("cpu") if gpu else None, patch)
-        found = Products(np.eye(columns, dtype=np.float32), None, torch.float32)
-        for wanted, others in ((by_row, nothing), (by_row | (scores >= other), other)):
-            at_row, at_column = found.reaching(scores, floors, others)
-            pairs = list(zip(at_row.tolist(), at_column.tolist(), strict=True))
-            assert len(set(pairs)) == len(pairs)
-            assert set(pairs) == set(zip(*(s.tolist() for s in np.nonzero(wanted)), strict=True))
-
-
-def test_a_gpu_gives_the_same_centroids_and_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, found = around(60, 6000, 24, 0.1, 0), []
-    for device in (None, torch.device("cpu")):
-        on(device, monkeypatch)
-        neighbours = join(rows, rows, Search(8, itself=True)).neighbours
-        fitted = fit(rows, 40, 6, np.random.default_rng(0))
-        found.append((fitted.centroids.tobytes(), neighbours.score.tobytes()))
-    assert found[0] == found[1]
+    found = Products(np.eye(columns, dtype=np.float32), None, torch.float32)
+    for wanted, others in ((by_row, nothing), (by_row | (scores >= other), other)):
+        at_row, at_column = found.reaching(scores, floors, others)
+        pairs = list(zip(at_row.tolist(), at_column.tolist(), strict=True))
+        assert len(set(pairs)) == len(pairs)
+        assert set(pairs) == set(zip(*(s.tolist() for s in np.nonzero(wanted)), strict=True))
 
 
 def _doubled(numbers: list[int]) -> list[int]:

@@ -8,7 +8,7 @@ from test_knn import check, unit
 from curation.algorithms import products, search
 from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.products import NONE
-from curation.algorithms.search import Base, Rows, Twins, Visits
+from curation.algorithms.visits import Base, Rows, Twins, Visits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,155 @@
+"""The code for a GPU, on a GPU if there is one, else on torch's device for the processor."""
+
+import numpy as np
+import pytest
+import torch
+from test_knn import around, unit
+
+from curation.algorithms import gpu, gpu_assign, gpu_search
+from curation.algorithms.assign import Assigner, assigner
+from curation.algorithms.best import Best
+from curation.algorithms.gpu_assign import GpuAssigner
+from curation.algorithms.groups import Groups
+from curation.algorithms.kmeans import DEFAULT, Options, fit
+from curation.algorithms.knn import Search, join
+from curation.algorithms.lloyd import Metric, Totals
+from curation.algorithms.products import NONE, Floats, Ints, Within
+from curation.algorithms.search import search
+from curation.algorithms.visits import Base, Rows, Twins, Visits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "device", lambda: DEVICE)
+    monkeypatch.setattr(gpu, "free_bytes", lambda: 1 << 30)
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Patches that a test sets anew: first the processor, then a GPU."""
+    monkeypatch.setattr(gpu, "free_bytes", lambda: 1 << 30)
+    return monkeypatch
+
+
+def ranked(rows: Floats, columns: Floats) -> tuple[Floats, Ints]:
+    """All columns by falling product, equal ones by number."""
+    truth = rows.astype(np.float64) @ columns.T.astype(np.float64)
+    order = np.argsort(-truth, axis=1, kind="stable")
+    return np.take_along_axis(truth, order, axis=1), order
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("columns", "count"), [(20, 3), (300, 7), (300, 200), (1500, 1), (9, 99)])
+def test_the_nearest_are_exact(columns: int, count: int) -> None:
+    rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
+    fixed[columns // 2 :] = fixed[: -(columns // 2)]  # each twice
+    score, column = gpu.Columns(fixed).nearest(rows, count)
+    truth, wanted = ranked(rows, fixed)
+    np.testing.assert_allclose(score, truth[:, :count], atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(column, wanted[:, :count])
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("margin", [-0.1, 0.0, 0.2, np.inf])
+def test_near_are_those_within(margin: float) -> None:
+    rows, fixed = unit(70, 24, 0), unit(300, 24, 1)
+    score, column = gpu.Columns(fixed).near(rows, Within(0.85, margin, 3, 40))
+    truth, wanted = ranked(rows, fixed)
+    inside = truth[:, :40] >= 0.85 * truth[:, :1] - margin
+    inside[:, :3] = True
+    np.testing.assert_array_equal(column, np.where(inside, wanted[:, :40], NONE))
+    np.testing.assert_allclose(score[inside], truth[:, :40][inside], atol=1e-6)
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("spherical", [True, False])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 300.0, 1e6])
+@pytest.mark.parametrize("held", [True, False])
+def test_rows_go_to_the_same_centroids_as_on_the_processor(
+    spherical: bool, scale: float, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "free_bytes", lambda: (1 << 30) * held)
+    monkeypatch.setattr(gpu, "SCORES", 5000)  # several tiles
+    monkeypatch.setattr(gpu_assign, "MOVED_ROWS", 300)
+    scale = 1.0 if spherical else scale
+    rows, centroids = unit(1000, 24, 0) * np.float32(scale), unit(40, 24, 1) * np.float32(scale)
+    if not spherical:
+        rows[::7] *= np.float32(1e-4)
+    centroids[30:] = centroids[5]  # they get no rows
+    centroids[7] = centroids[6] * np.float32(1 + 2**-22)  # ties but for the last bits
+    ours, theirs, metric = GpuAssigner(spherical), Assigner(spherical), Metric()
+    if not spherical:
+        metric = Metric.plain(float(np.linalg.norm(rows, axis=1).max()))
+    totals, wanted = Totals.empty(*centroids.shape), Totals.empty(*centroids.shape)
+    for shift in (0.0, 0.1, 0.0):
+        moved = centroids + np.float32(shift * scale) * unit(40, 24, 2)
+        moved[30:] = moved[5]
+        totals.merge(ours.totals(rows, moved, metric))
+        cluster = theirs(rows, moved)
+        np.testing.assert_array_equal(GpuAssigner(spherical)(rows, moved), cluster)
+        wanted = Totals.empty(*centroids.shape)
+        wanted.move(rows, np.full(len(rows), NONE), cluster, metric)
+        np.testing.assert_array_equal(totals.sums, wanted.sums)
+        np.testing.assert_array_equal(totals.counts, wanted.counts)
+
+
+@pytest.mark.parametrize("options", [DEFAULT, Options(spherical=False), Options(start="k-means++")])
+def test_centroids_are_the_same_to_the_bit(options: Options, both: pytest.MonkeyPatch) -> None:
+    rows, found = around(60, 6000, 24, 0.1, 0), []
+    for device in (None, DEVICE):
+        both.setattr(gpu, "device", lambda device=device: device)
+        assert isinstance(assigner(), GpuAssigner if device else Assigner)
+        fitted = fit(rows, 40, 6, np.random.default_rng(0), options)
+        found.append((fitted.centroids.tobytes(), fitted.objective))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("k", [1, 8, 64])
+@pytest.mark.parametrize("min_score", [-np.inf, 0.6])
+def test_a_join_finds_the_same(k: int, min_score: float, both: pytest.MonkeyPatch) -> None:
+    both.setattr(gpu_search, "PENDING", 10_000)
+    both.setattr(gpu, "PAIRS", 4096)
+    rows, found = around(60, 6000, 24, 0.1, 0), []
+    rows[17] = 0
+    rows[100:400] = rows[100]
+    for device in (None, DEVICE):
+        both.setattr(gpu, "device", lambda device=device: device)
+        itself = join(rows, rows, Search(k, min_score, itself=True))
+        other = join(rows[:500], rows[500:], Search(k, min_score))
+        found.append((itself, other))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.nprobe == theirs.nprobe
+        assert ours.recall == theirs.recall
+        np.testing.assert_allclose(ours.neighbours.score, theirs.neighbours.score, atol=1e-6)
+        assert (ours.neighbours.number == theirs.neighbours.number).mean() > 0.9995
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_what_was_found_before_counts_and_both_rows_of_a_pair_get_it() -> None:
+    rows = unit(300, 24, 0)
+    numbers = np.arange(300) * 3
+    base, asked = Rows(rows, numbers), Rows(rows[:40], numbers[:40])
+    best, twin = Best(40, 6), Best(300, 6, 0.1)
+    truth = rows.astype(np.float64) @ rows.T.astype(np.float64)
+    np.fill_diagonal(truth, -2)
+    for first in (0, 150):  # one cell at a time
+        cell = np.full(300, NONE)
+        cell[first : first + 150] = 0
+        visits = Visits.of(np.zeros((40, 1), np.int64), 1)
+        search(asked, visits, Base.of(base, cell, 1), best, Twins(twin, np.arange(300)))
+    found = best.sorted()
+    np.testing.assert_array_equal(found.number, 3 * np.argsort(-truth[:40], axis=1)[:, :6])
+    back, scores = twin.sorted(), truth[:, :40]
+    order = np.argsort(-scores, axis=1)[:, :6]
+    above = np.take_along_axis(scores, order, axis=1) > 0.1
+    np.testing.assert_array_equal(back.number, np.where(above, 3 * order, NONE))
+
+
+def test_groups_find_the_same(both: pytest.MonkeyPatch) -> None:
+    rows, centroids, found = around(60, 3000, 24, 0.1, 0), around(60, 900, 24, 0.1, 1), []
+    for device in (None, DEVICE):
+        both.setattr(gpu, "device", lambda device=device: device)
+        found.append(Groups.over(centroids, rows[:200]).assign(rows, centroids))
+    np.testing.assert_array_equal(found[0], found[1])
