@@ -10,8 +10,9 @@ import numpy as np
 
 from curation.algorithms import gpu
 from curation.algorithms.best import Neighbours
+from curation.algorithms.gpu_assign import GpuAssigner
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import Floats, Ids, Ints, Products, Within, square_norms
+from curation.algorithms.products import NONE, Floats, Ids, Ints, Products, Within, square_norms
 from curation.algorithms.tiles import each_tile
 
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
@@ -67,11 +68,12 @@ class Cells:
 
     def way(self, rows: Floats, reach: Reach) -> Ids:
         """The cells that rows (n, D) ask in, nearest first, then NONE: (n, reach.most)."""
-        products, way = self._products(), np.empty((len(rows), reach.most), np.int32)
+        products, way = self._products(), np.full((len(rows), reach.most), NONE, np.int32)
         within = Within(NEAR_SHARE, reach.margin, LEAST, reach.most)
 
         def tile(start: int, stop: int) -> None:
-            way[start:stop] = products.near(rows[start:stop], within)[1]
+            near = products.near(rows[start:stop], within)[1]
+            way[start:stop, : near.shape[1]] = near
 
         each_tile(len(rows), products.tile_rows, tile)
         return way
@@ -97,7 +99,8 @@ def _centroids(sample: Floats, count: int) -> Floats:
 
 
 def _moved(rows: Floats, start: Floats, iterations: int) -> Floats:
-    sweep = BlockSweep(lambda: [rows], Metric(), lambda _: _nearest_of_moving)
+    make = GpuAssigner if gpu.device() else lambda _: _nearest_of_moving
+    sweep = BlockSweep(lambda: [rows], Metric(), make)
     return lloyd(Clustering(start, ()), sweep, iterations, Metric()).centroids
 
 

@@ -16,7 +16,7 @@ from curation.algorithms.products import NONE, Floats, Ints, Within
 HALF = 2.0**-11  # of a number: what fp16 rounds off
 # Of rows and columns no longer than 1: both are rounded, and so is their product.
 SLACK = 1e-5 + 3 * HALF
-SCORES = 1 << 26  # of a tile
+SCORES = 1 << 27  # of a tile
 PAIRS = 1 << 18  # compared in fp64 at a time
 
 
@@ -105,7 +105,7 @@ class Columns:
         return self._ranked(here, scores, _least_of_top(scores, count), count)
 
     def near(self, rows: Floats, within: Within) -> tuple[Floats, Ints]:
-        """As `Products.near`."""
+        """As `Products.near`, with no more columns than some row needs."""
         here, scores = self._scores(rows)
         floors = within.share * _least_of_top(scores, 1) - within.margin
         floors = torch.minimum(floors, _least_of_top(scores, min(within.least, len(self._exact))))
@@ -121,11 +121,12 @@ class Columns:
     def _ranked(
         self, rows: Tensor, scores: Tensor, floors: Tensor, count: int
     ) -> tuple[Floats, Ints]:
-        """The best `count` (n, t) of what may reach floors (n,)."""
+        """The best `count` of what may reach floors (n,), or fewer if no more do: (n, t)."""
         row, column = (scores >= (floors - 2 * SLACK)[:, None]).nonzero().T
         exact = dots(rows, self._exact, row, column).float()
         order = in_order(row, column, exact)
         row, place = row[order], places(row[order])
+        count = min(count, 1 + int(place.max()))
         kept = place < count
         at = row[kept], place[kept]
         score = torch.full((len(rows), count), -torch.inf, device=rows.device)

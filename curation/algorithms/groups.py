@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 
+from curation.algorithms import gpu
 from curation.algorithms.assign import assign, assigner
 from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.lloyd import Assign, BlockSweep, Clustering, Metric, lloyd
@@ -18,7 +19,7 @@ SAMPLE_PER_GROUP = 32
 ITERATIONS = 6
 AGREEMENT = 0.995  # of rows whose nearest centroid must be found
 AGREEMENT_ROWS = 2048  # on which that is measured
-TILE_ROWS = 8192
+TILE_ROWS, GPU_TILE_ROWS = 8192, 131_072
 SAMPLE_SEED = (3, 14, 15)
 MANY = 16_384  # above so many centroids k-means looks for the nearest through groups
 FINALISTS = 2  # compared exactly
@@ -79,7 +80,7 @@ class Groups:
             nearest = best.sorted()
             found.score[start:stop], found.number[start:stop] = nearest.score, nearest.number
 
-        each_tile(len(rows), TILE_ROWS, tile)
+        each_tile(len(rows), GPU_TILE_ROWS if gpu.device() else TILE_ROWS, tile)
         return found
 
     def assign(self, rows: Floats, centroids: Floats) -> Ints:
