@@ -51,11 +51,11 @@ def sent(array: np.ndarray) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left (n, D) . right (m, D): (n, m) in fp16, of fp16 summed in fp32."""
+    """left (…, n, D) . right (…, m, D): (…, n, m) in fp16, of fp16 summed in fp32."""
     before = torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     try:
-        return left @ right.T
+        return left @ right.mT
     finally:
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before
 

@@ -71,7 +71,8 @@ class GpuAssigner:
 
     def _begin(self, rows: Floats) -> None:
         self._held = sent(rows) if rows.nbytes <= HELD_SHARE * gpu.free_bytes() else None
-        tiles = (sent(rows[at : at + MOVED_ROWS]) for at in range(0, max(1, len(rows)), MOVED_ROWS))
+        spans = (slice(at, at + MOVED_ROWS) for at in range(0, max(1, len(rows)), MOVED_ROWS))
+        tiles = (sent(rows[some]) if self._held is None else self._held[some] for some in spans)
         self._length = torch.cat([torch.linalg.vector_norm(tile, dim=1) for tile in tiles])
         self._cluster = torch.full((len(rows),), NONE, device=self._length.device)
 

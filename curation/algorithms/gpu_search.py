@@ -1,4 +1,7 @@
-"""`search.search` on a GPU: cell after cell, and the best pairs so far kept sorted there."""
+"""`search.search` on a GPU: many cells at a time, and the best pairs so far kept sorted there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -7,10 +10,11 @@ from torch import Tensor
 from curation.algorithms import gpu
 from curation.algorithms.best import Best
 from curation.algorithms.gpu import SLACK, Held, sent
-from curation.algorithms.products import NONE
+from curation.algorithms.products import NONE, Ints
 from curation.algorithms.visits import Base, Rows, Twins, Visits
 
 PENDING = 1 << 24  # pairs that wait to be compared in fp64
+LEAST_ROWS = 256  # so many are counted at least: what is gathered takes room as well
 
 
 def search(queries: Rows, visits: Visits, base: Base, best: Best, twins: Twins | None) -> None:
@@ -22,15 +26,48 @@ def search(queries: Rows, visits: Visits, base: Base, best: Best, twins: Twins |
         twin = kept if twins.best is best else _Kept(twins.best)
         met = _Met(queries.on_gpu, base.rows.on_gpu, kept, twin, sent(twins.at))
     visiting, members = sent(visits.queries), sent(base.members)
-    occupied = (np.diff(base.starts) > 0) & (np.diff(visits.starts) > 0)
-    for cell in np.flatnonzero(occupied).tolist():
-        here = members[base.starts[cell] : base.starts[cell + 1]]
-        step = max(1, gpu.SCORES // len(here))
-        for start in range(visits.starts[cell], visits.starts[cell + 1], step):
-            met.look(visiting[start : min(start + step, visits.starts[cell + 1])], here)
+    asking, held = np.diff(visits.starts), np.diff(base.starts)
+    for cells in _alike(asking, held):
+        here = _Slices.of(members, base.starts[cells], held[cells])
+        most = int(asking[cells].max())
+        step = max(1, gpu.SCORES // max(LEAST_ROWS, here.at.numel()))
+        for first in range(0, most, step):
+            count = np.clip(asking[cells] - first, 0, step)
+            met.look(_Slices.of(visiting, visits.starts[cells] + first, count), here)
     met.settle()
     for one in {id(one): one for one in (met.kept, met.twin) if one}.values():
         one.give_back()
+
+
+def _alike(asking: Ints, held: Ints) -> Iterator[Ints]:
+    """Cells (b,) in which rows ask (c,) and lie (c,), alike in size: products of a whole batch are
+    one step for the GPU, which a single cell would not fill."""
+    occupied = np.flatnonzero((asking > 0) & (held > 0))
+    order = occupied[np.lexsort((held[occupied], asking[occupied]))]
+    start, most = 0, LEAST_ROWS
+    for stop, cell in enumerate(order.tolist()):  # of a batch the last asks most
+        most = max(most, int(held[cell]))
+        scores = (stop - start + 1) * most * max(LEAST_ROWS, int(asking[cell]))
+        if scores > gpu.SCORES and stop > start:
+            yield order[start:stop]
+            start, most = stop, max(LEAST_ROWS, int(held[cell]))
+    if len(order):
+        yield order[start:]
+
+
+@dataclass(frozen=True)
+class _Slices:
+    """Positions (b, m) of rows, and which are real (b, m): shorter slices are filled up."""
+
+    at: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, positions: Tensor, starts: Ints, counts: Ints) -> "_Slices":
+        """positions[start : start + count] of each."""
+        places = torch.arange(int(counts.max()), device=positions.device)
+        real = places < sent(counts)[:, None]
+        return cls(positions[torch.where(real, sent(starts)[:, None] + places, 0)], real)
 
 
 class _Kept:
@@ -81,27 +118,29 @@ class _Met:
         self._waiting: list[tuple[Tensor, Tensor]] = []
         self._count = 0
 
-    def look(self, mine: Tensor, members: Tensor) -> None:
-        """Rows at positions `mine` (n,) meet the base's rows at `members` (m,)."""
-        scores = gpu.product(self._asked.half[mine], self._held.half[members])
+    def look(self, mine: _Slices, members: _Slices) -> None:
+        """Rows at positions `mine` (b, n) meet the base's rows at `members` (b, m)."""
+        scores = gpu.product(self._asked.half[mine.at], self._held.half[members.at])
         reaching = self._reaching(scores, mine, members)
         enough = self.kept.k + (self.twin is not None)  # the row itself may be among them
-        if len(reaching) > enough * len(mine) and len(members) > enough:
-            floors = scores.topk(enough, dim=1, sorted=False)[0].amin(1).float() - SLACK
-            self.kept.floors[mine] = torch.maximum(self.kept.floors[mine], floors)
+        if len(reaching) > enough * mine.at.numel() and members.at.shape[1] > enough:
+            scores.masked_fill_(~members.real[:, None], -torch.inf)
+            floors = scores.topk(enough, sorted=False)[0].amin(-1).float() - SLACK
+            floors.masked_fill_(~mine.real, -torch.inf)
+            self.kept.floors.scatter_reduce_(0, mine.at.ravel(), floors.ravel(), "amax")
             reaching = self._reaching(scores, mine, members)
-        row, column = reaching.T
-        self._waiting.append((mine[row], members[column]))
-        self._count += len(row)
+        batch, row, column = reaching.T
+        self._waiting.append((mine.at[batch, row], members.at[batch, column]))
+        self._count += len(batch)
         if self._count > PENDING:
             self.settle()
 
-    def _reaching(self, scores: Tensor, mine: Tensor, members: Tensor) -> Tensor:
-        """Rows and columns (p, 2) of scores (n, m) that may be among the best."""
-        reached = scores >= (self.kept.floors[mine] - SLACK)[:, None]
+    def _reaching(self, scores: Tensor, mine: _Slices, members: _Slices) -> Tensor:
+        """Places (p, 3) of scores (b, n, m) that may be among the best."""
+        reached = scores >= (self.kept.floors[mine.at] - SLACK)[:, :, None]
         if self.twin and self._at is not None:
-            reached |= scores >= self.twin.floors[self._at[members]] - SLACK
-        return reached.nonzero()
+            reached |= scores >= (self.twin.floors[self._at[members.at]] - SLACK)[:, None]
+        return reached.logical_and_(mine.real[:, :, None] & members.real[:, None]).nonzero()
 
     def settle(self) -> None:
         """Compares what waits exactly, and keeps the best."""

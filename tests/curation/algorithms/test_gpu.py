@@ -35,7 +35,7 @@ def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def ranked(rows: Floats, columns: Floats) -> tuple[Floats, Ints]:
     """All columns by falling product, equal ones by number."""
-    truth = rows.astype(np.float64) @ columns.T.astype(np.float64)
+    truth = np.einsum("nd,md->nm", rows.astype(np.float64), columns.astype(np.float64))
     order = np.argsort(-truth, axis=1, kind="stable")
     return np.take_along_axis(truth, order, axis=1), order
 
@@ -148,6 +148,24 @@ def test_what_was_found_before_counts_and_both_rows_of_a_pair_get_it() -> None:
     order = np.argsort(-scores, axis=1)[:, :6]
     above = np.take_along_axis(scores, order, axis=1) > 0.1
     np.testing.assert_array_equal(back.number, np.where(above, 3 * order, NONE))
+
+
+@pytest.mark.parametrize("scores", [1, 1 << 16, 1 << 27])
+@pytest.mark.parametrize("k", [1, 5])
+def test_uneven_cells_and_visits(scores: int, k: int, both: pytest.MonkeyPatch) -> None:
+    both.setattr(gpu, "SCORES", scores)
+    rng, found = np.random.default_rng(0), []
+    base, asked = Rows(unit(2000, 24, 0), np.arange(2000)), Rows(unit(300, 24, 1), np.arange(300))
+    cell = rng.geometric(0.1, 2000) - 1
+    ways = np.argsort(rng.random((300, 30)) * np.arange(1, 31), axis=1)[:, :6]  # rather the first
+    ways[np.arange(6) > rng.integers(6, size=(300, 1))] = NONE
+    cells = 1 + max(cell.max(), ways.max())
+    for device in (None, DEVICE):
+        both.setattr(gpu, "device", lambda device=device: device)
+        best = Best(300, k)
+        search(asked, Visits.of(ways, cells), Base.of(base, cell, cells), best)
+        found.append(best.sorted())
+    np.testing.assert_array_equal(found[0].number, found[1].number)
 
 
 def test_groups_find_the_same(both: pytest.MonkeyPatch) -> None:
