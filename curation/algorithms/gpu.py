@@ -14,8 +14,9 @@ from torch import Tensor
 from curation.algorithms.products import NONE, Floats, Ints, Within
 
 HALF = 2.0**-11  # of a number: what fp16 rounds off
+ROUNDED = 1e-5  # of |row| |column|: what summing in fp32 does
 # Of rows and columns no longer than 1: both are rounded, and so is their product.
-SLACK = 1e-5 + 3 * HALF
+SLACK = 3 * HALF + ROUNDED
 SCORES = 1 << 27  # of a tile
 PAIRS = 1 << 18  # compared in fp64 at a time
 

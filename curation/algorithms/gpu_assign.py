@@ -3,20 +3,22 @@
 All rows are compared with all centroids in every call: that is faster there than reading bounds.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from curation.algorithms import gpu
 from curation.algorithms.equal import first_of_equal
-from curation.algorithms.gpu import SLACK, sent
+from curation.algorithms.gpu import HALF, ROUNDED, sent
 from curation.algorithms.lloyd import FIXED_BITS, Metric, Totals
 from curation.algorithms.products import NONE, Floats, Ints
 
 HELD_SHARE = 0.5  # of the free memory: rows up to so much stay on the GPU
 MOVED_ROWS = 1 << 17  # added up at a time
 LEAST_LENGTH = 1e-27
-FAINT = 2e-6  # fp16 rounds off of components of any size
+FAINT = 4e-6  # fp16 rounds off of components of any size
 
 
 class GpuAssigner:
@@ -29,7 +31,7 @@ class GpuAssigner:
     def __init__(self, spherical: bool = True) -> None:
         self._spherical = spherical
         self._held: Tensor | None = None
-        self._length = torch.empty(0)  # (n,) of each row
+        self._rounding = _Rounding(torch.empty(0), torch.empty(0))
         self._cluster = torch.empty(0, dtype=torch.int64)
 
     def __call__(self, rows: Floats, centroids: Floats) -> Ints:
@@ -60,12 +62,12 @@ class GpuAssigner:
             self._begin(rows)
         firsts = first_of_equal(centroids)
         kept = np.flatnonzero(firsts == np.arange(len(firsts)))  # a repeated one gets no rows
-        columns = _Columns(centroids[kept], self._spherical, self._length)
+        columns = _Columns(centroids[kept], self._spherical, self._rounding.longest)
         numbers, before, found = sent(kept), self._cluster, torch.empty_like(self._cluster)
         for start in range(0, len(rows), columns.tile_rows):
             tile = slice(start, start + columns.tile_rows)
             here = sent(rows[tile]) if self._held is None else self._held[tile]
-            found[tile] = numbers[columns.nearest(here, self._length[tile])]
+            found[tile] = numbers[columns.nearest(here, self._rounding.some(tile))]
         self._cluster = found
         return before
 
@@ -73,8 +75,8 @@ class GpuAssigner:
         self._held = sent(rows) if rows.nbytes <= HELD_SHARE * gpu.free_bytes() else None
         spans = (slice(at, at + MOVED_ROWS) for at in range(0, max(1, len(rows)), MOVED_ROWS))
         tiles = (sent(rows[some]) if self._held is None else self._held[some] for some in spans)
-        self._length = torch.cat([torch.linalg.vector_norm(tile, dim=1) for tile in tiles])
-        self._cluster = torch.full((len(rows),), NONE, device=self._length.device)
+        self._rounding = _Rounding.joined([_Rounding.of(tile) for tile in tiles])
+        self._cluster = torch.full((len(rows),), NONE, device=self._rounding.length.device)
 
     def _some(self, rows: Floats, some: Tensor) -> Tensor:
         if self._held is not None:
@@ -82,29 +84,58 @@ class GpuAssigner:
         return sent(rows[some.numpy(force=True)])
 
 
+@dataclass(frozen=True)
+class _Rounding:
+    """Lengths of rows (n,) and of what they lose in fp16 (n,)."""
+
+    length: Tensor
+    lost: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor) -> "_Rounding":
+        length = torch.linalg.vector_norm(rows, dim=1)
+        scale = torch.exp2(length.clamp_min(LEAST_LENGTH).log2().ceil())[:, None]
+        scaled = rows / scale
+        off = torch.linalg.vector_norm(scaled - scaled.half().float(), dim=1)
+        return cls(length, off * scale[:, 0] * (1 + HALF))
+
+    @classmethod
+    def joined(cls, parts: "list[_Rounding]") -> "_Rounding":
+        return cls(torch.cat([p.length for p in parts]), torch.cat([p.lost for p in parts]))
+
+    @property
+    def longest(self) -> float:
+        return max(self.length.amax(0, keepdim=True).tolist(), default=0.0)
+
+    def some(self, which: slice) -> "_Rounding":
+        return _Rounding(self.length[which], self.lost[which])
+
+
 class _Columns:
     """Distinct centroids (m, D), scaled so that neither they nor any row are longer than 1."""
 
-    def __init__(self, centroids: Floats, spherical: bool, lengths: Tensor) -> None:
-        self._exact, wide = sent(centroids), sent(centroids).double()
-        squares = wide.square().sum(1)
-        self._longest = float(squares.max().sqrt())
-        longest = max([self._longest, *lengths.amax(0, keepdim=True).tolist()])
-        self._scale = 2.0 ** -np.ceil(np.log2(max(longest, LEAST_LENGTH)))
+    def __init__(self, centroids: Floats, spherical: bool, longest: float) -> None:
+        self._exact = sent(centroids)
+        rounding = _Rounding.of(self._exact)
+        self._longest, self._lost = rounding.longest, float(rounding.lost.amax())
+        most = max(self._longest, longest, LEAST_LENGTH)
+        self._scale = 2.0 ** -np.ceil(np.log2(most))
         self._half = (self._exact * self._scale).half()
-        self._bias = None if spherical else -0.5 * squares
+        self._bias = None if spherical else -0.5 * self._exact.double().square().sum(1)
         self.tile_rows = max(1, gpu.SCORES // len(centroids))
 
-    def nearest(self, rows: Tensor, lengths: Tensor) -> Tensor:
-        """The nearest (n,) of rows (n, D) of these lengths (n,)."""
+    def nearest(self, rows: Tensor, rounding: _Rounding) -> Tensor:
+        """The nearest (n,) of rows (n, D)."""
         scores = gpu.product((rows * self._scale).half(), self._half)
         if self._bias is not None:
             scores = scores.float() + (self._bias * self._scale**2).float()
         best, at = scores.max(1)
-        slack = FAINT + SLACK * self._scale**2 * self._longest * lengths
-        reached = scores >= (best.float() - 2 * slack)[:, None]
-        doubt = (reached.sum(1) > 1).nonzero()[:, 0]
-        row, column = reached[doubt].nonzero().T
+        floors = best.float() - 2 * self._slack(rounding)
+        scores.scatter_(1, at[:, None], -torch.inf)
+        doubt = (scores.amax(1) >= floors).nonzero()[:, 0]
+        row, column = (scores[doubt] >= floors[doubt, None]).nonzero().T
+        row = torch.cat([row, torch.arange(len(doubt), device=row.device)])
+        column = torch.cat([column, at[doubt]])
         exact = gpu.dots(rows[doubt], self._exact, row, column)
         if self._bias is not None:
             exact += self._bias[column]
@@ -114,3 +145,10 @@ class _Columns:
         first = torch.full_like(doubt, len(self._exact))
         at[doubt] = first.scatter_reduce_(0, row[tied], column[tied], "amin")
         return at
+
+    def _slack(self, rounding: _Rounding) -> Tensor:
+        """How far scaled scores of rows (n,) can be off (n,)."""
+        length, lost = rounding.length, rounding.lost
+        off = lost * self._longest + (length + lost) * self._lost
+        off += (HALF + ROUNDED) * length * self._longest
+        return off * self._scale**2 + FAINT
