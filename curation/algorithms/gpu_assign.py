@@ -151,4 +151,5 @@ class _Columns:
         length, lost = rounding.length, rounding.lost
         off = lost * self._longest + (length + lost) * self._lost
         off += (HALF + ROUNDED) * length * self._longest
-        return off * self._scale**2 + FAINT
+        slack: Tensor = off * self._scale**2 + FAINT
+        return slack
