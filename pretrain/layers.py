@@ -7,7 +7,6 @@ the same code on every GPU). Parameter names are those of facebookresearch/dinov
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,7 +100,7 @@ class Attention(nn.Module):
 
         def project(*parts: torch.Tensor) -> torch.Tensor:
             tokens = torch.cat(parts)
-            return scale.after(self.proj, tokens if wanted is None else tokens[wanted])
+            return scale.after(self.proj, tokens if wanted is None else _rows(tokens, wanted))
 
         return _again(project, *attended)
 
@@ -145,14 +144,14 @@ def _again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torc
     """function(*inputs), of which backward computes again all but the product that ends it.
 
     For what is cheap beside that product: norms, activations, copies. Without it a block keeps
-    17 times its input for the backward pass, with it 10 times.
+    17 times its input for the backward pass, with it 10 times. A compiled block chooses by itself
+    what to compute again, and told to do so it would repeat products too.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*inputs)
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if not torch.compiler.is_compiling():  # which knows no context_fn
-        again = partial(again, context_fn=_contexts)
-    out: torch.Tensor = again(function, *inputs)
+    out: torch.Tensor = checkpoint(
+        function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+    )
     return out
 
 
@@ -184,22 +183,26 @@ class Block(nn.Module):
         kept: tuple[Kept, Kept] | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) packed as `groups` -> (T, D), or the `wanted` (W,) tokens of that.
+        """(T, D) packed as `groups` -> (T, D); without `kept`, the `wanted` (W,) tokens of that.
 
         `kept` are the parts that attention and FFN are run on; None: on everything.
         """
         if kept is None:
             residual = self.attn(x, (self.norm1, self.ls1), groups, wanted)
-            x = (x if wanted is None else x[wanted]) + residual
+            x = (x if wanted is None else _rows(x, wanted)) + residual
             out: torch.Tensor = x + self.mlp(x, (self.norm2, self.ls2))
             return out
         for_attention, for_ffn = kept
-        part = x[for_attention.tokens]
+        part = _rows(x, for_attention.tokens)
         residual = self.attn(part, (self.norm1, self.ls1), for_attention.groups)
         x = _add(x, residual, for_attention)
-        residual = self.mlp(x[for_ffn.tokens], (self.norm2, self.ls2))
-        x = _add(x, residual, for_ffn)
-        return x if wanted is None else x[wanted]
+        residual = self.mlp(_rows(x, for_ffn.tokens), (self.norm2, self.ls2))
+        return _add(x, residual, for_ffn)
+
+
+def _rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x[places], whose gradient a GPU adds up without sorting the places first."""
+    return x.index_select(0, places)
 
 
 def _add(x: torch.Tensor, residual: torch.Tensor, kept: Kept) -> torch.Tensor:

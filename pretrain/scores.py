@@ -15,6 +15,8 @@ from pretrain.products import product
 BLOCK = 4096  # prototypes that are worked on at a time
 CHUNK_BYTES = 24 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
 KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
+GPU_CHUNK_BYTES = 1 << 30  # each chunk costs a GPU a pass over the prototypes' gradient
+GPU_KEPT_SHARE = 0.1  # of a GPU's memory, for few scores
 
 # Prototypes as (K, d) in the dtype of the products, and a factor (K, 1) of them if they lack it.
 Factored = tuple[torch.Tensor, torch.Tensor | None]
@@ -27,9 +29,18 @@ def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
         yield rows * part // count, rows * (part + 1) // count
 
 
-def chunk_rows(prototypes: int, chunk_bytes: int) -> int:
-    """How many rows of fp32 scores are a chunk."""
-    return max(1, chunk_bytes // (4 * prototypes))
+def chunk_rows(prototypes: torch.Tensor, chunk_bytes: int | None = None) -> int:
+    """How many rows of fp32 scores of prototypes (K, d) are a chunk; None: what suits the device."""
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES if prototypes.device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * len(prototypes)))
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How many bytes of scores are few."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return int(GPU_KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -76,7 +87,8 @@ class Scores:
     @property
     def few(self) -> bool:
         """Whether all may be held at once."""
-        return 4 * len(self.features) * len(self.prototypes) <= KEPT_BYTES
+        most = kept_bytes(self.features.device)
+        return 4 * len(self.features) * len(self.prototypes) <= most
 
     def size_only(self) -> "Scores":
         """Without what they are made of."""
@@ -89,7 +101,7 @@ class Scores:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of all rows."""
-        return chunks(len(self), chunk_rows(len(self.prototypes), CHUNK_BYTES))
+        return chunks(len(self), chunk_rows(self.prototypes))
 
     def rows(
         self, start: int, stop: int, temperature: float = 1.0, out: torch.Tensor | None = None

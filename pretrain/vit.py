@@ -170,13 +170,16 @@ class ViT(nn.Module):
         kept, drop_path = None, self.config.drop_path
         if self.training and drop_path > 0:
             kept = tuple(draw_kept(groups, drop_path, x.device) for _ in ("attention", "ffn"))
+        # Else everything is worked out in any case, by a block that is compiled as the others are.
+        inside = wanted if kept is None else None
+        out: torch.Tensor
         if self.activation_checkpointing and torch.is_grad_enabled():
-            again: torch.Tensor = checkpoint(
-                block, x, groups, kept, wanted, use_reentrant=False, preserve_rng_state=False
+            out = checkpoint(
+                block, x, groups, kept, inside, use_reentrant=False, preserve_rng_state=False
             )
-            return again
-        out: torch.Tensor = block(x, groups, kept, wanted)
-        return out
+        else:
+            out = block(x, groups, kept, inside)
+        return out if kept is None or wanted is None else out.index_select(0, wanted)
 
     def _embed(
         self, crops: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]

@@ -16,7 +16,6 @@ from pretrain.heads import factored, lengths
 from pretrain.products import product
 from pretrain.scores import (
     BLOCK,
-    CHUNK_BYTES,
     Factored,
     blocks,
     chunk_rows,
@@ -46,7 +45,7 @@ def soft_cross_entropy(
     prototypes: tuple[torch.Tensor, torch.Tensor],
     terms: Sequence[Term],
     temperature: float,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Losses:
     """Sum over all rows of weight * CE(target, softmax(logits / temperature)); and by term.
 
@@ -54,7 +53,7 @@ def soft_cross_entropy(
     a weight-normalised layer. Softmax and sums in fp32; products in the autocast dtype, else in
     v's. Gradients exist before backward is called, and are those of the sum.
     """
-    rows = chunk_rows(len(prototypes[0]), chunk_bytes)
+    rows = chunk_rows(prototypes[0], chunk_bytes)
     losses: Losses = _SoftCrossEntropy.apply(features, *prototypes, tuple(terms), temperature, rows)
     return losses
 
@@ -126,8 +125,7 @@ class _Accumulator:
         warm = (features / self.temperature).to(self.weight.dtype)
         logits_into(logits, warm, self.prototypes)
         targets = term.targets(start, stop)
-        # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
-        by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
+        by_row = _row_products(targets, logits)
         by_row -= term.mass * softmax_(logits)
         loss: torch.Tensor = -(by_row @ weights[:, 0])
         if term.mass != 1:
@@ -162,6 +160,14 @@ class _Accumulator:
             else:
                 self.by_weight[block] += here
         by_features.mul_(weights / scale)
+
+
+def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """(n,) sums of left * right (n, K)."""
+    if left.device.type != "cpu":  # whose products of single rows occupy one core each
+        return (left * right).sum(dim=1)
+    # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
+    return torch.bmm(left[:, None], right[:, :, None]).view(-1)
 
 
 def _through_norm(
