@@ -1,5 +1,6 @@
 """FLOP of the products of one training step, by formula: what MFU is a share of."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from pretrain.heads import HeadConfig
@@ -68,4 +69,4 @@ def _block_flop(vit: ViTConfig, groups: Groups, ends: int | None = None) -> floa
 def _head_flop(width: int, head: HeadConfig) -> float:
     """Of one row."""
     sizes = [width, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
-    return 2.0 * sum(before * after for before, after in zip(sizes, sizes[1:], strict=False))
+    return 2.0 * sum(before * after for before, after in pairwise(sizes))

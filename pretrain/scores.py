@@ -30,7 +30,7 @@ def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def chunk_rows(prototypes: torch.Tensor, chunk_bytes: int | None = None) -> int:
-    """How many rows of fp32 scores of prototypes (K, d) are a chunk; None: what suits the device."""
+    """How many rows of fp32 scores of prototypes (K, d) are a chunk; None: as the device likes."""
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES if prototypes.device.type == "cpu" else GPU_CHUNK_BYTES
     return max(1, chunk_bytes // (4 * len(prototypes)))

@@ -1,6 +1,6 @@
 """Vision transformer of DINOv2: several crop sizes in one pass, masked patches, registers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -244,7 +244,7 @@ def resize_positions(
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
 
 
-def compile_blocks(vit: ViT, backend: str = "inductor") -> None:
+def compile_blocks(vit: ViT, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile on every block, in place: parameter names stay; before `fully_shard`."""
     for block in vit.blocks:
         block.compile(backend=backend)
