@@ -21,7 +21,10 @@ from pretrain.scores import (
     chunk_rows,
     chunks,
     logits_into,
+    logits_of,
+    on_cpu,
     softmax_,
+    softmax_into,
 )
 
 HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
@@ -123,10 +126,16 @@ class _Accumulator:
         features, weights = self.features[where], term.weights[start:stop, None]
         logits = self.logits[: stop - start]
         warm = (features / self.temperature).to(self.weight.dtype)
-        logits_into(logits, warm, self.prototypes)
         targets = term.targets(start, stop)
-        by_row = _row_products(targets, logits)
-        by_row -= term.mass * softmax_(logits)
+        if on_cpu(logits):
+            logits_into(logits, warm, self.prototypes)
+            # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
+            by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
+            by_row -= term.mass * softmax_(logits)
+        else:
+            low = logits_of(warm, self.prototypes)
+            by_row = (targets * low).sum(dim=1)
+            by_row -= term.mass * softmax_into(logits, low)
         loss: torch.Tensor = -(by_row @ weights[:, 0])
         if term.mass != 1:
             logits.mul_(term.mass)
@@ -160,14 +169,6 @@ class _Accumulator:
             else:
                 self.by_weight[block] += here
         by_features.mul_(weights / scale)
-
-
-def _row_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(n,) sums of left * right (n, K)."""
-    if left.device.type != "cpu":  # whose products of single rows occupy one core each
-        return (left * right).sum(dim=1)
-    # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
-    return torch.bmm(left[:, None], right[:, :, None]).view(-1)
 
 
 def _through_norm(
