@@ -14,6 +14,7 @@ from benchmarks import (
     copies,
     crops,
     embed,
+    gpu_pretrain,
     join,
     kmeans,
     learning,
@@ -46,6 +47,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "urls": lambda: urls.main([]),
     "crops": lambda: crops.main([]),
     "pretrain_step": lambda: pretrain_step.main([]),
+    "gpu_pretrain": lambda: gpu_pretrain.main([]),
     "learning": lambda: learning.main(
         ["--bench", str(LABELLED), "--teacher", str(SHARED / ENCODER)]
     ),

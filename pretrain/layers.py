@@ -55,19 +55,23 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
 
-    def after(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    def product(self, layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """gamma * layer(x), by scaling the weights: they are small beside the tokens.
 
-        Not so in fp16, which has no 1e-5 * 0.02.
+        Not so in fp16, which has no 1e-5 * 0.02: `rest` then scales, and keeps what it is given.
         """
         device, dtype = x.device.type, layer.weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         if dtype == torch.float16:
-            out: torch.Tensor = layer(x) * self.gamma
+            out: torch.Tensor = layer(x)
             return out
         weight, bias = layer.weight * self.gamma[:, None], layer.bias * self.gamma
         return linear(x, weight, bias)
+
+    def rest(self, out: torch.Tensor) -> torch.Tensor:
+        """What a `product` that came out in fp16 lacks."""
+        return out * self.gamma if out.dtype == torch.float16 else out
 
 
 class Attention(nn.Module):
@@ -91,7 +95,7 @@ class Attention(nn.Module):
         `around`: the norm before and the scale after it.
         """
         norm, scale = around
-        qkv = _again(lambda tokens: self.qkv(norm(tokens)), x)
+        qkv = _again(self.qkv, norm, x)
         attended, width = [], x.shape[1]
         for part, (sequences, length) in zip(
             torch.split(qkv, [b * n for b, n in groups]), groups, strict=True
@@ -99,11 +103,11 @@ class Attention(nn.Module):
             heads = part.view(sequences, length, 3, self.heads, width // self.heads)
             attended.append(attention(heads).flatten(0, 1))
 
-        def project(*parts: torch.Tensor) -> torch.Tensor:
+        def chosen(*parts: torch.Tensor) -> torch.Tensor:
             tokens = torch.cat(parts)
-            return scale.after(self.proj, tokens if wanted is None else tokens[wanted])
+            return tokens if wanted is None else _rows(tokens, wanted)
 
-        return _again(project, *attended)
+        return scale.rest(_again(partial(scale.product, self.proj), chosen, *attended))
 
 
 class Mlp(nn.Module):
@@ -117,8 +121,8 @@ class Mlp(nn.Module):
     def forward(self, x: torch.Tensor, around: tuple[nn.Module, LayerScale]) -> torch.Tensor:
         """(T, D) -> (T, D); `around`: the norm before and the scale after it."""
         norm, scale = around
-        hidden = _again(lambda tokens: self.fc1(norm(tokens)), x)
-        return _again(lambda hidden: scale.after(self.fc2, functional.gelu(hidden)), hidden)
+        hidden = _again(self.fc1, norm, x)
+        return scale.rest(_again(partial(scale.product, self.fc2), _gelu, hidden))
 
 
 class SwiGLU(nn.Module):
@@ -133,26 +137,35 @@ class SwiGLU(nn.Module):
     def forward(self, x: torch.Tensor, around: tuple[nn.Module, LayerScale]) -> torch.Tensor:
         """(T, D) -> (T, D); `around`: the norm before and the scale after it."""
         norm, scale = around
-
-        def second(hidden: torch.Tensor) -> torch.Tensor:
-            gate, value = hidden.chunk(2, dim=-1)
-            return scale.after(self.w3, functional.silu(gate) * value)
-
-        return _again(second, _again(lambda tokens: self.w12(norm(tokens)), x))
+        hidden = _again(self.w12, norm, x)
+        return scale.rest(_again(partial(scale.product, self.w3), _gated, hidden))
 
 
-def _again(function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """function(*inputs), of which backward computes again all but the product that ends it.
+def _gelu(hidden: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(hidden)
 
-    For what is cheap beside that product: norms, activations, copies. Without it a block keeps
+
+def _gated(hidden: torch.Tensor) -> torch.Tensor:
+    gate, value = hidden.chunk(2, dim=-1)
+    return functional.silu(gate) * value
+
+
+def _again(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    before: Callable[..., torch.Tensor],
+    *inputs: torch.Tensor,
+) -> torch.Tensor:
+    """product(before(*inputs)), of which backward computes `before` again, but no product.
+
+    For what is cheap beside a product: norms, activations, copies. Without it a block keeps
     17 times its input for the backward pass, with it 10 times.
     """
     if not torch.is_grad_enabled():
-        return function(*inputs)
+        return product(before(*inputs))
     again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    if not torch.compiler.is_compiling():  # which knows no context_fn
-        again = partial(again, context_fn=_contexts)
-    out: torch.Tensor = again(function, *inputs)
+    if torch.compiler.is_compiling():  # which would do the product again if it were within
+        return product(again(before, *inputs))
+    out: torch.Tensor = again(lambda *given: product(before(*given)), *inputs, context_fn=_contexts)
     return out
 
 
@@ -184,22 +197,26 @@ class Block(nn.Module):
         kept: tuple[Kept, Kept] | None = None,
         wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) packed as `groups` -> (T, D), or the `wanted` (W,) tokens of that.
+        """(T, D) packed as `groups` -> (T, D); without `kept`, the `wanted` (W,) tokens of that.
 
         `kept` are the parts that attention and FFN are run on; None: on everything.
         """
         if kept is None:
             residual = self.attn(x, (self.norm1, self.ls1), groups, wanted)
-            x = (x if wanted is None else x[wanted]) + residual
+            x = (x if wanted is None else _rows(x, wanted)) + residual
             out: torch.Tensor = x + self.mlp(x, (self.norm2, self.ls2))
             return out
         for_attention, for_ffn = kept
-        part = x[for_attention.tokens]
+        part = _rows(x, for_attention.tokens)
         residual = self.attn(part, (self.norm1, self.ls1), for_attention.groups)
         x = _add(x, residual, for_attention)
-        residual = self.mlp(x[for_ffn.tokens], (self.norm2, self.ls2))
-        x = _add(x, residual, for_ffn)
-        return x if wanted is None else x[wanted]
+        residual = self.mlp(_rows(x, for_ffn.tokens), (self.norm2, self.ls2))
+        return _add(x, residual, for_ffn)
+
+
+def _rows(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x[places], whose gradient a GPU adds up without sorting the places first."""
+    return x.index_select(0, places)
 
 
 def _add(x: torch.Tensor, residual: torch.Tensor, kept: Kept) -> torch.Tensor:

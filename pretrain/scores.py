@@ -15,6 +15,8 @@ from pretrain.products import product
 BLOCK = 4096  # prototypes that are worked on at a time
 CHUNK_BYTES = 24 << 20  # of fp32 scores: small beside a step's activations, large beside a cache
 KEPT_BYTES = 256 << 20  # of fp32 scores that are few: to make them again would take longer
+GPU_CHUNK_BYTES = 1 << 30  # each chunk costs a GPU a pass over the prototypes' gradient
+GPU_KEPT_SHARE = 0.1  # of a GPU's memory, for few scores
 
 # Prototypes as (K, d) in the dtype of the products, and a factor (K, 1) of them if they lack it.
 Factored = tuple[torch.Tensor, torch.Tensor | None]
@@ -27,9 +29,23 @@ def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
         yield rows * part // count, rows * (part + 1) // count
 
 
-def chunk_rows(prototypes: int, chunk_bytes: int) -> int:
-    """How many rows of fp32 scores are a chunk."""
-    return max(1, chunk_bytes // (4 * prototypes))
+def on_cpu(tensor: torch.Tensor) -> bool:
+    """Else its device likes few long operations."""
+    return tensor.device.type == "cpu"
+
+
+def chunk_rows(prototypes: torch.Tensor, chunk_bytes: int | None = None) -> int:
+    """How many rows of fp32 scores of prototypes (K, d) are a chunk; None: as the device likes."""
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES if on_cpu(prototypes) else GPU_CHUNK_BYTES
+    return max(1, chunk_bytes // (4 * len(prototypes)))
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How many bytes of scores are few."""
+    if device.type != "cuda":
+        return KEPT_BYTES
+    return int(GPU_KEPT_SHARE * torch.cuda.get_device_properties(device).total_memory)
 
 
 def product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -40,7 +56,7 @@ def product_dtype(weight: torch.Tensor) -> torch.dtype:
 
 def blocks(prototypes: torch.Tensor) -> Iterator[slice]:
     """Of prototypes (K, d): on a processor so few that products of them need no new memory."""
-    most = BLOCK if prototypes.device.type == "cpu" else len(prototypes)
+    most = BLOCK if on_cpu(prototypes) else len(prototypes)
     for start in range(0, len(prototypes), most):
         yield slice(start, start + most)
 
@@ -54,12 +70,29 @@ def logits_into(out: torch.Tensor, features: torch.Tensor, prototypes: Factored)
             out[:, block] *= factor[block].T
 
 
+def logits_of(features: torch.Tensor, prototypes: Factored) -> torch.Tensor:
+    """(n, K) features (n, d) @ prototypes.T, in the dtype of the products."""
+    weight, factor = prototypes
+    logits = product(features, weight.T)
+    return logits if factor is None else logits * factor.T
+
+
 def softmax_(logits: torch.Tensor) -> torch.Tensor:
     """Makes the softmax of each row of logits (M, K) in their place; returns log sum exp (M,)."""
     top = logits.amax(dim=1, keepdim=True)
     total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
     logits.div_(total)
     return (top + total.log()).squeeze(1)
+
+
+def softmax_into(out: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """out (M, K) fp32 = softmax of each row of logits; returns log sum exp (M,) in fp32.
+
+    A GPU reads and writes a third of what it does for `softmax_`, logits in 16 bits as they are.
+    """
+    torch.softmax(logits, dim=1, dtype=torch.float32, out=out)
+    top, where = logits.max(dim=1, keepdim=True)
+    return (top - out.gather(1, where).log()).squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +109,8 @@ class Scores:
     @property
     def few(self) -> bool:
         """Whether all may be held at once."""
-        return 4 * len(self.features) * len(self.prototypes) <= KEPT_BYTES
+        most = kept_bytes(self.features.device)
+        return 4 * len(self.features) * len(self.prototypes) <= most
 
     def size_only(self) -> "Scores":
         """Without what they are made of."""
@@ -89,7 +123,7 @@ class Scores:
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of all rows."""
-        return chunks(len(self), chunk_rows(len(self.prototypes), CHUNK_BYTES))
+        return chunks(len(self), chunk_rows(self.prototypes))
 
     def rows(
         self, start: int, stop: int, temperature: float = 1.0, out: torch.Tensor | None = None
@@ -102,6 +136,19 @@ class Scores:
         with torch.autocast(scaled.device.type, enabled=False):
             logits_into(place, scaled, (self.prototypes, self.factor))
         return place
+
+    def softmax(self, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """(M, K) fp32 softmax of each row of scores / temperature, and log sum exp (M,)."""
+        if on_cpu(self.features):
+            scores = self.rows(0, len(self), temperature)
+            return scores, softmax_(scores)
+        scaled = (self.features / temperature).to(self.prototypes.dtype)
+        out = self.features.new_empty(len(self), len(self.prototypes), dtype=torch.float32)
+        lse = self.features.new_empty(len(self), dtype=torch.float32)
+        for start, stop in self.chunks():
+            logits = logits_of(scaled[start:stop], (self.prototypes, self.factor))
+            lse[start:stop] = softmax_into(out[start:stop], logits)
+        return out, lse
 
     def parts(self, temperature: float) -> Iterator[torch.Tensor]:
         """(n, K) fp32 of all rows in turn; each lies where the one before it lay.

@@ -139,10 +139,10 @@ class Training:
                     drawn_batch(config, crops, (now, self._number(number)), self.device),
                     float(rates.teacher_temperature[now]),
                 )
-                if bad is None and not self._finite(losses.total.detach()):
-                    bad = crops, number
                 # Also of a step that will be skipped: a sharded model holds what it has not summed.
                 self.scaler.scale(losses.total / batches).backward()
+                if bad is None and not self._finite(losses.total.detach()):  # waits for a GPU
+                    bad = crops, number
             if bad is None:
                 self.watch.add(losses.values, losses.total.detach())
         if bad is not None:

@@ -1,6 +1,6 @@
 """Vision transformer of DINOv2: several crop sizes in one pass, masked patches, registers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -170,13 +170,16 @@ class ViT(nn.Module):
         kept, drop_path = None, self.config.drop_path
         if self.training and drop_path > 0:
             kept = tuple(draw_kept(groups, drop_path, x.device) for _ in ("attention", "ffn"))
+        # Else everything is worked out in any case, by a block that is compiled as the others are.
+        inside = wanted if kept is None else None
+        out: torch.Tensor
         if self.activation_checkpointing and torch.is_grad_enabled():
-            again: torch.Tensor = checkpoint(
-                block, x, groups, kept, wanted, use_reentrant=False, preserve_rng_state=False
+            out = checkpoint(
+                block, x, groups, kept, inside, use_reentrant=False, preserve_rng_state=False
             )
-            return again
-        out: torch.Tensor = block(x, groups, kept, wanted)
-        return out
+        else:
+            out = block(x, groups, kept, inside)
+        return out if kept is None or wanted is None else out.index_select(0, wanted)
 
     def _embed(
         self, crops: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]
@@ -241,7 +244,7 @@ def resize_positions(
     return image.permute(0, 2, 3, 1).flatten(1, 2).to(embedding.dtype)
 
 
-def compile_blocks(vit: ViT, backend: str = "inductor") -> None:
+def compile_blocks(vit: ViT, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile on every block, in place: parameter names stay; before `fully_shard`."""
     for block in vit.blocks:
         block.compile(backend=backend)

@@ -83,8 +83,7 @@ def _balance(scores: Scores, temperature: float, iterations: int, reduce: AllRed
 
 def _balance_few(scores: Scores, temperature: float, iterations: int, reduce: AllReduce) -> Targets:
     """With E in memory, which is never rewritten: only the two vectors change."""
-    exponentials = scores.rows(0, len(scores), temperature)
-    lse = softmax_(exponentials)
+    exponentials, lse = scores.softmax(temperature)
     top = reduce.max(torch.cat([lse, lse.new_full((1,), LOWEST)]).max())
     rows = (lse - top).exp_()
     for _ in range(iterations):

@@ -16,13 +16,15 @@ from pretrain.heads import factored, lengths
 from pretrain.products import product
 from pretrain.scores import (
     BLOCK,
-    CHUNK_BYTES,
     Factored,
     blocks,
     chunk_rows,
     chunks,
     logits_into,
+    logits_of,
+    on_cpu,
     softmax_,
+    softmax_into,
 )
 
 HALF_SCALE = 64.0  # |gradient by logits| <= 2 times this times 256 rows is still finite in fp16
@@ -46,7 +48,7 @@ def soft_cross_entropy(
     prototypes: tuple[torch.Tensor, torch.Tensor],
     terms: Sequence[Term],
     temperature: float,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Losses:
     """Sum over all rows of weight * CE(target, softmax(logits / temperature)); and by term.
 
@@ -54,7 +56,7 @@ def soft_cross_entropy(
     a weight-normalised layer. Softmax and sums in fp32; products in the autocast dtype, else in
     v's. Gradients exist before backward is called, and are those of the sum.
     """
-    rows = chunk_rows(len(prototypes[0]), chunk_bytes)
+    rows = chunk_rows(prototypes[0], chunk_bytes)
     losses: Losses = _SoftCrossEntropy.apply(features, *prototypes, tuple(terms), temperature, rows)
     return losses
 
@@ -124,11 +126,16 @@ class _Accumulator:
         features, weights = self.features[where], term.weights[start:stop, None]
         logits = self.logits[: stop - start]
         warm = (features / self.temperature).to(self.weight.dtype)
-        logits_into(logits, warm, self.prototypes)
         targets = term.targets(start, stop)
-        # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
-        by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
-        by_row -= term.mass * softmax_(logits)
+        if on_cpu(logits):
+            logits_into(logits, warm, self.prototypes)
+            # (n, 1, K) @ (n, K, 1): unlike a product and a sum, it makes no third matrix.
+            by_row = torch.bmm(targets[:, None], logits[:, :, None]).view(-1)
+            by_row -= term.mass * softmax_(logits)
+        else:
+            low = logits_of(warm, self.prototypes)
+            by_row = (targets * low).sum(dim=1)
+            by_row -= term.mass * softmax_into(logits, low)
         loss: torch.Tensor = -(by_row @ weights[:, 0])
         if term.mass != 1:
             logits.mul_(term.mass)

@@ -1,12 +1,15 @@
 """The backbone against timm's, and packed passes against separate ones."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer
+from torch._dynamo.backends.common import aot_autograd
 
 from pretrain.layers import draw_kept
 from pretrain.vit import VIT_SIZES, ViT, ViTConfig, compile_blocks
@@ -162,6 +165,35 @@ def test_checkpointed_and_compiled_blocks_give_the_same_gradients(drop_path: flo
         for name, gradient in gradients[0].items():
             if gradient is not None:
                 assert torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_blocks_are_one_graph_and_do_no_product_again(dtype: torch.dtype) -> None:
+    """Of the student; another one is the teacher's. A product has two gradients."""
+    graphs: dict[str, list[int]] = {"forward": [], "backward": []}
+
+    def counted(kind: str) -> Callable[[torch.fx.GraphModule, list[torch.Tensor]], object]:
+        def compile_graph(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+            called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+            graphs[kind].append(sum("mm.default" in name for name in called))
+            return make_boxed_func(graph.forward)
+
+        return compile_graph
+
+    backend = aot_autograd(
+        fw_compiler=counted("forward"),
+        bw_compiler=counted("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    torch._dynamo.reset()
+    model = ViT(replace(SMALL, depth=3, drop_path=0.5))
+    compile_blocks(model, backend=backend)
+    for asked in (5, 7):
+        with torch.autocast("cpu", dtype):
+            tokens = model([images(4, 84), images(4, 42)], patches=torch.arange(asked))
+        (tokens[0].patches.float().square().sum() + tokens[1].cls.float().sum()).backward()
+    torch._dynamo.reset()
+    assert graphs == {"forward": [4], "backward": [8]}
 
 
 @pytest.mark.slow

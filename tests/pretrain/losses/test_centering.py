@@ -9,12 +9,14 @@ from pretrain.scores import Scores
 TEMPERATURE = 0.04
 
 
-@pytest.fixture(autouse=True, params=["kept", "some kept", "made again", "row by row"])
+@pytest.fixture(autouse=True, params=["kept", "some kept", "made again", "row by row", "on a GPU"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a matrix is kept, by a part of the ranks, and goes through as one or row by row, is
-    all the same.
+    all the same; as are the operations that a GPU runs.
     """
-    if request.param != "kept":
+    if request.param == "on a GPU":
+        monkeypatch.setattr(scores, "on_cpu", lambda _: False)
+    elif request.param != "kept":
         rows = 4 if request.param == "some kept" else 0
         monkeypatch.setattr(scores, "KEPT_BYTES", rows * 4 * 12)
     if request.param == "row by row":

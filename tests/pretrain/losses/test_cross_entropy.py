@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from pretrain import scores
+from pretrain.losses import cross_entropy
 from pretrain.losses.centering import Targets
 from pretrain.losses.cross_entropy import Term, soft_cross_entropy
 from pretrain.losses.dino import dino_terms
@@ -12,6 +14,14 @@ from pretrain.scores import Scores
 
 PROTOTYPES, WIDTH, IMAGES, LOCALS, MASKED = 40, 6, 3, 4, 11
 TEMPERATURE = 0.1
+
+
+@pytest.fixture(autouse=True, params=["processor", "GPU"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose operations are run."""
+    if request.param == "GPU":
+        for module in (scores, cross_entropy):
+            monkeypatch.setattr(module, "on_cpu", lambda _: False)
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
