@@ -40,7 +40,6 @@ from curation.planning.small_runs import TimedExecutor
 from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import one_thread
-from curation.runtime.ray_executor import RayExecutor
 from curation.runtime.store import open_store
 from curation.stages.embed import EmbedConfig, EmbedWorker
 from curation.stages.tables import Part, read_parts
@@ -209,6 +208,8 @@ def steady(outcomes: Iterator[Any], part_rows: int) -> float:
 
 def overhead(folder: Path, rounds: int) -> int:
     """Prints Ray's rate beside that of plain processes; returns 1 if it costs too much."""
+    from curation.runtime.ray_executor import RayExecutor  # the rest works without Ray
+
     rates: dict[str, list[float]] = {"plain processes": [], "Ray": []}
     for number in range(rounds):
         recipe = recipe_of(folder, "lvd_demo", None, f"overhead{number}")

@@ -213,6 +213,7 @@ def embed_config(recipe: Recipe) -> embed.EmbedConfig:
         model=r.encoder.model,
         weights=weights,
         precision=r.encoder.precision,
+        compile=r.encoder.compile,
         batch=r.encoder.batch,
         copy_weights=r.copy_descriptor.weights,
         weights_version=" ".join(versions),

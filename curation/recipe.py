@@ -100,13 +100,15 @@ class Images(Model):
 class Encoder(Model):
     """A timm ViT. `weights` is `hub`, a local file or s3://; `lvd_demo` is built in.
 
-    `fp16` is for GPUs without bf16 (V100, T4).
+    `fp16` is for GPUs without bf16 (V100, T4). `compile`, on GPUs: the model's steps are put
+    together into kernels of its own, which every worker makes at its start.
     """
 
     model: str = "vit_base_patch16_224.augreg_in21k"
     weights: str = "hub"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     batch: int = Field(16, ge=1)
+    compile: bool = False
 
 
 class CopyDescriptor(Model):

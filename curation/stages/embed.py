@@ -7,7 +7,7 @@ with near perceptual hashes.
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation.images.decode import BadImage, Decoded, Limits, decode
-from curation.images.encoders import Pixels, VectorModel, load_copy_descriptor, load_semantic
+from curation.images.encoders import (
+    Pixels,
+    VectorModel,
+    Vectors,
+    load_copy_descriptor,
+    load_semantic,
+)
 from curation.images.perceptual import phash
 from curation.images.safety import FilterConfig, SafetyFilter
 from curation.runtime.events import Events
@@ -61,13 +67,14 @@ class EmbedConfig:
     min_images: int
     filter: FilterConfig | None = None
     phash_bits: int | None = None
+    compile: bool = False
 
     @property
     def embedding(self) -> str:
         """What the vectors depend on, besides the images."""
         models = (self.model, self.precision, self.copy_weights, self.weights_version)
-        hashed = () if self.phash_bits is None else ("phash",)
-        return fingerprint(models, asdict(self.limits), *self._filtered(), *hashed)
+        besides = ("phash",) * (self.phash_bits is not None) + ("compiled",) * self.compile
+        return fingerprint(models, asdict(self.limits), *self._filtered(), *besides)
 
     def _filtered(self) -> tuple[Any, ...]:
         return () if self.filter is None else (asdict(self.filter),)
@@ -76,7 +83,9 @@ class EmbedConfig:
         """The semantic encoder and the copy descriptor. Raises EncoderError or StoreError."""
         weights = None if self.weights in ("hub", "builtin") else read_uri(self.weights)
         copy = None if self.copy_weights == "builtin" else read_uri(self.copy_weights)
-        return load_semantic(self.model, weights, self.precision), load_copy_descriptor(copy)
+        full = self.batch if self.compile else None
+        semantic = load_semantic(self.model, weights, self.precision, full)
+        return semantic, load_copy_descriptor(copy)
 
     def load_filter(self) -> SafetyFilter | None:
         """The classifier of sensitive images, if there is one. Raises as `load` does."""
@@ -138,6 +147,7 @@ def _dims(cfg: EmbedConfig) -> tuple[int, int]:
 
 
 Prepared = tuple[int, list[Pixels]]  # row, and each model's input
+Started = tuple[list[Prepared], list[Callable[[], Vectors]]]  # and what waits for the vectors
 
 
 class EmbedWorker:
@@ -148,7 +158,9 @@ class EmbedWorker:
         self._embedded = Embedded(cfg.embedding)
         self._semantic, self._copy = cfg.load()
         self._filter = cfg.load_filter()
-        self._decode_threads = GPU_DECODE_THREADS if self._semantic.device.type == "cuda" else 0
+        on_gpu = self._semantic.device.type == "cuda"
+        self._decode_threads = GPU_DECODE_THREADS if on_gpu else 0
+        self._ahead = int(on_gpu)  # batches that a GPU has while the one before is written
 
     def __call__(self, part: Part) -> Counts:
         images: list[dict[str, Any]] = []
@@ -157,20 +169,31 @@ class EmbedWorker:
         vectors_path = self._embedded.vectors_path(part)
         with self._store.publish(vectors_path) as scratch:
             with pq.ParquetWriter(scratch, schema, compression=compression(schema)) as writer:
-                batch: list[Prepared] = []
-                for row, found, inputs in self._prepared(part):
-                    images.append(found)
-                    if inputs:
-                        batch.append((row, inputs))
-                    if len(batch) == self._cfg.batch:
-                        self._embed(batch, images, writer, schema)
-                        batch = []
-                self._embed(batch, images, writer, schema)
+                started: deque[Started] = deque()
+                for batch in self._batches(part, images):
+                    started.append(self._start(batch))
+                    if len(started) > self._ahead:
+                        self._finish(started.popleft(), images, writer, schema)
+                for one in started:
+                    self._finish(one, images, writer, schema)
             faults.update(i["fault"].split()[0] for i in images if i["fault"])
             # The vectors appear last: where they are, the images are there too.
             table = pa.Table.from_pylist(images, schema=IMAGES)
             write_table(self._store, self._embedded.images_path(part), table)
         return {"images": len(images), "faults": dict(faults)}
+
+    def _batches(self, part: Part, images: list[dict[str, Any]]) -> Iterator[list[Prepared]]:
+        """Full ones but for the last; facts of every image are added to `images`."""
+        batch: list[Prepared] = []
+        for row, found, inputs in self._prepared(part):
+            images.append(found)
+            if inputs:
+                batch.append((row, inputs))
+            if len(batch) == self._cfg.batch:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
 
     def _prepared(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[Pixels]]]:
         """Row, facts and each model's input (none for a fault) of every image, in order.
@@ -223,20 +246,23 @@ class EmbedWorker:
             "height": decoded.height,
         }, decoded
 
-    def _embed(
+    def _start(self, batch: list[Prepared]) -> Started:
+        """Gives a batch to both models."""
+        rows = []
+        for which, model in enumerate((self._semantic, self._copy)):
+            rows.append(model.start(np.stack([inputs[which] for _, inputs in batch])))
+        return batch, rows
+
+    def _finish(
         self,
-        batch: list[Prepared],
+        started: Started,
         images: list[dict[str, Any]],
         writer: pq.ParquetWriter,
         schema: pa.Schema,
     ) -> None:
-        """Embeds a batch and streams its vectors; rows that aren't finite become a fault."""
-        if not batch:
-            return
-        columns = []
-        for which, model in enumerate((self._semantic, self._copy)):
-            vectors_of = model(np.stack([inputs[which] for _, inputs in batch]))
-            columns.append(vectors_of.astype(np.float16))
+        """Streams the vectors of a batch; rows that aren't finite become a fault."""
+        batch = started[0]
+        columns = [rows().astype(np.float16) for rows in started[1]]
         # A row is unit-norm unless the network gave zeros, infinities or NaN (whose norm is NaN).
         norms = [np.linalg.norm(rows.astype(np.float32), axis=1) for rows in columns]
         good = (np.abs(norms[0] - 1) < 0.01) & (np.abs(norms[1] - 1) < 0.01)

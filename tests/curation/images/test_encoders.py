@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from workbench import Models, picture
 
+from curation.images import encoders
 from curation.images.effort import semantic_effort
 from curation.images.encoders import (
     DEMO_MODEL,
@@ -46,6 +47,32 @@ def test_a_timm_model_gives_timms_features(models: Models, precision: str, off: 
         wanted = net.eval()(torch.from_numpy((batch / np.float32(255) - mean) / std)).numpy()
     wanted /= np.linalg.norm(wanted, axis=1, keepdims=True)
     np.testing.assert_allclose(ours(batch), wanted, atol=off)
+
+
+@pytest.mark.slow  # compiles
+def test_a_compiled_model_gives_the_same_and_is_compiled_for_one_size(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoders, "COMPILED_ON", ("cuda", "cpu"))
+    monkeypatch.setattr(encoders, "ONEDNN_LINEAR", None)
+    torch.compiler.reset()
+    content, rng = models.encoder.read_bytes(), np.random.default_rng(0)
+    plain = load_semantic("test_vit", content, "fp32")
+    compiled = load_semantic("test_vit", content, "fp32", full=4)
+    batch = rng.integers(0, 256, (7, 3, plain.form.size, plain.form.size), np.uint8)
+    found = [compiled(batch[:4])]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found += [compiled(batch[4:]), compiled(batch[:1])]
+    np.testing.assert_allclose(np.concatenate(found), plain(batch[[*range(7), 0]]), atol=1e-5)
+
+
+def test_batches_that_were_begun_are_waited_for_in_any_order(models: Models) -> None:
+    model = load_semantic("test_vit", models.encoder.read_bytes(), "fp32")
+    rng = np.random.default_rng(0)
+    batches = rng.integers(0, 256, (3, 2, 3, model.form.size, model.form.size), np.uint8)
+    waiting = [model.start(batch) for batch in batches]
+    for number in (2, 0, 1):
+        np.testing.assert_array_equal(waiting[number](), model(batches[number]))
 
 
 def test_a_model_that_uses_weights_without_their_layer() -> None:
