@@ -33,7 +33,7 @@ from curation.algorithms.products import (
     lost,
     square_norms,
 )
-from curation.algorithms.tiles import each_tile
+from curation.algorithms.tiles import each_tile, one_a_product
 
 NEAR = 16  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most
@@ -85,6 +85,10 @@ class Assigner:
 
     def __call__(self, rows: Floats, centroids: Floats) -> Ints:
         """Number (n,) of the nearest centroid of every row."""
+        with one_a_product():
+            return self._assign(rows, centroids)
+
+    def _assign(self, rows: Floats, centroids: Floats) -> Ints:
         to = _columns(centroids, self._spherical)
         if self._is_new(to, len(rows)):
             self._known = Bounds.unknown(len(rows), min(NEAR, len(centroids)))

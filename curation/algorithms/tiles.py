@@ -3,8 +3,9 @@
 Tiles don't depend on the number of threads, so results don't either.
 """
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,17 +21,33 @@ def each_tile(count: int, tile: int, work: Callable[[int, int], None]) -> None:
 
 def each(count: int, work: Callable[[int], None]) -> None:
     """work(i) for 0 .. count - 1 on as many threads as torch has, each product by one of them."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        for number in range(count):
-            work(number)
+    with one_a_product() as threads:
+        if min(threads, count) <= 1:
+            for number in range(count):
+                work(number)
+        else:
+            for _ in _pool(min(threads, count)).map(work, range(count)):
+                pass
+
+
+@contextlib.contextmanager
+def one_a_product() -> Iterator[int]:
+    """Torch itself computes on one thread meanwhile; yields how many `each` takes.
+
+    Of small products and sums torch's own threads spend their time waiting for each other, which
+    on a busy machine takes longer than the work by far.
+    """
+    outer: int | None = getattr(_scratch, "threads", None)
+    if outer is not None:
+        yield outer
         return
     before = torch.get_num_threads()
+    _scratch.threads = before
     torch.set_num_threads(1)
     try:
-        for _ in _pool(threads).map(work, range(count)):
-            pass
+        yield before
     finally:
+        _scratch.threads = None
         torch.set_num_threads(before)
 
 
