@@ -51,12 +51,12 @@ TAR_IMAGES = 128
 TILE = 340  # pixels of a photograph in a mosaic
 
 
-def pack(images: list[Path], folder: Path) -> None:
-    """WebDataset tars of the images."""
+def pack(images: list[Path], folder: Path, each: int = TAR_IMAGES) -> None:
+    """WebDataset tars of the images, `each` in one."""
     folder.mkdir()
-    for number, start in enumerate(range(0, len(images), TAR_IMAGES)):
+    for number, start in enumerate(range(0, len(images), each)):
         with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for path in images[start : start + TAR_IMAGES]:
+            for path in images[start : start + each]:
                 tar.add(path.resolve(), path.name.replace(".", "_", path.name.count(".") - 1))
 
 

@@ -181,7 +181,7 @@ def whole(images: list[Path]) -> int:
         (folder / "one" / images[0].name).write_bytes(images[0].read_bytes())
         for number, path in enumerate(islice(cycle(images), IMAGES)):
             (folder / "images" / f"{number:06d}{path.suffix}").symlink_to(path.resolve())
-        pack(sorted((folder / "images").iterdir()), folder / "tars")
+        pack(sorted((folder / "images").iterdir()), folder / "tars", PART)
         weights = folder / "vit.safetensors"
         save_file(timm.create_model(BASE, num_classes=0).state_dict(), weights)
         recipe = recipe_of(folder, BASE, weights, "run", "bf16")

@@ -31,7 +31,7 @@ from curation.algorithms.products import Floats
 SIDE = 8192  # of the plain matmul
 REPEATS = 10
 LISTS = 4096
-PROBES = (8, 16, 32, 64, 128, 256)
+PROBES = (2, 4, 6, 8, 16, 32, 64, 128, 256)
 SAMPLE = 3000
 Line = list[str]
 
