@@ -14,7 +14,9 @@ from benchmarks import (
     copies,
     crops,
     embed,
+    gpu_embed,
     gpu_pretrain,
+    gpu_search,
     join,
     kmeans,
     learning,
@@ -42,6 +44,7 @@ TABLES: dict[str, Callable[[], int]] = {
     "retrieval": lambda: retrieval.main([]),
     "scaling": lambda: scaling.main([]),
     "service": lambda: service.main([]),
+    "gpu_search": lambda: gpu_search.main([]),
     "components": lambda: components.main([]),
     "memory": lambda: memory.main([]),
     "urls": lambda: urls.main([]),
@@ -55,11 +58,12 @@ TABLES: dict[str, Callable[[], int]] = {
     "copies": lambda: copies.main(["--images", str(LABELLED / "pool")]),
     "shards": lambda: shards.main(["--images", str(LABELLED / "pool")]),
     "plan": lambda: plan.main(["--images", str(LABELLED)]),
+    "gpu_embed": lambda: gpu_embed.main(["--images", str(LABELLED / "pool")]),
     "embed": lambda: embed.main(
         ["--images", str(LABELLED / "pool"), "--weights", str(SHARED / ENCODER)]
     ),
 }
-NEED_IMAGES = {"learning", "quality", "copies", "shards", "plan", "embed"}
+NEED_IMAGES = {"learning", "quality", "copies", "shards", "plan", "embed", "gpu_embed"}
 
 
 def main(arguments: list[str] | None = None) -> int:
