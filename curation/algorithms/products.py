@@ -155,16 +155,21 @@ class Products:
         return score, number
 
     def reaching(
-        self, rows: Floats | torch.Tensor, floors: Floats, others: Floats
+        self, rows: Floats | torch.Tensor, floors: Floats, others: Floats, best: int | None = None
     ) -> tuple[Ids, Ids]:
         """Positions of row and column (p,) of the scores that reach a floor of either.
 
         `floors` (n,) are of the first n rows, `others` (m,) of the first m columns, or empty: then
-        only the rows' count. In this thread's scratch memory, valid until its next call.
+        only the rows' count. `best`: what can't be among so many best of its row may be left out
+        as if its floor were higher. In this thread's scratch memory, valid until its next call.
         """
         scores = self._scores(rows)[: len(floors)]
         if self._device is None:
-            return self._reaching(scans.keys(scores), floors, others)
+            found, columns = scans.keys(scores), len(others) or self._count
+            if best and best <= min(scans.FEW, columns):
+                least = scans.scores_of(scans.floors_of_top(found, columns, best))
+                floors = np.maximum(floors, least - np.float32(2 * self.slack))
+            return self._reaching(found, floors, others)
         scores = scores[:, : len(others) or self._count]
         reached = scores >= torch.from_numpy(floors).to(self._device)[:, None]
         if len(others):
