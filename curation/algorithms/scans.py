@@ -132,7 +132,7 @@ def _fold(row: Keys, columns: int, lanes: Keys) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_of(some: Keys) -> int:
+def _least_of(some: Keys) -> Any:
     least = some[0]
     for j in range(some.size):
         least = min(least, some[j])
@@ -140,7 +140,7 @@ def _least_of(some: Keys) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _reach(some: Keys, floor: int) -> int:
+def _reach(some: Keys, floor: Any) -> Any:
     """How many reach a floor."""
     count = np.int32(0)
     for j in range(some.size):
@@ -149,13 +149,12 @@ def _reach(some: Keys, floor: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_of_top(some: Keys, count: int) -> int:
+def _least_of_top(some: Keys, count: int) -> Any:
     """The largest key that `count` of some reach, by bisection: comparing all is cheap."""
     low, high = np.int64(_least_of(some)), np.int64(_peak(some, some[0]))
     while low < high:
         middle = low + ((high - low + 1) >> 1)
-        reached = _reach(some, middle)
-        if reached >= count:
+        if _reach(some, middle) >= count:
             low = middle
         else:
             high = middle - 1
