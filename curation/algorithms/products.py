@@ -103,7 +103,7 @@ class Products:
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
         count, scores = min(count, self._count), self._scores(rows)
-        if self._device is None and count <= scans.INSERTED:
+        if self._device is None and count <= scans.RANKED:
             best, at = scans.top(scans.keys(scores), self._count, count)
             return scans.scores_of(best), at
         largest, places = scores[:, : self._count].float().topk(count, dim=1)

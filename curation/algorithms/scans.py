@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 # Scores whose largest is looked at before any of them, in short rows and in long ones.
 CHUNKS = 32, 128
 LONG = 1024
-INSERTED = 128  # up to so many of the largest are found by insertion
+RANKED = 128  # so many of the largest are ranked here by counting; more are sorted
 # Rows are folded to so many lanes, each the largest of every LANES-th score, if few are asked for.
 LANES, FEW = 128, 32
 COLUMN_BITS = 32
