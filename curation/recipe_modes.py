@@ -29,7 +29,10 @@ class Model(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name != "as_is":
+        wanted = (
+            info.field_name == "as_is" or cls.model_fields[str(info.field_name)].annotation is bool
+        )
+        if isinstance(value, bool) and not wanted:
             raise ValueError("true and false (and yes, no, on, off) have no meaning here")
         return value
 

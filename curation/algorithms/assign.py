@@ -35,9 +35,10 @@ from curation.algorithms.products import (
 )
 from curation.algorithms.tiles import each_tile, one_a_product
 
-NEAR = 16  # centroids remembered for each row
+NEAR = 10  # centroids remembered for each row
 SHARES = (0.0, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4)  # of the centroids, those that moved most
-COST = np.array([*SHARES, 2.0], np.float32)
+OVERHEAD = 0.2  # of trying any: rows are gathered, and what comes near is scored again
+COST = np.array([0.0, *(OVERHEAD + share for share in SHARES[1:]), 2.0], np.float32)
 ALL = len(SHARES)
 MOST_CALLS = 32  # whose centroids are kept
 ROUNDING = 1e-6  # of |row| |centroid|: what adding up bounds in fp32 may lose
@@ -72,7 +73,7 @@ class Assigner:
     near ones, and of the others those that lie so far from where they were that the bound doesn't
     rule them out. A row for which that has cost as much as comparing all has all compared again.
     These are the bounds of Hamerly (SDM 2010) and of Drake and Hamerly (2012), with one bound a
-    row and the movement of each centroid by itself. Held between calls: 142 bytes a row, and the
+    row and the movement of each centroid by itself. Held between calls: 94 bytes a row, and the
     centroids of the calls whose bounds are in use.
     """
 

@@ -13,7 +13,7 @@ from curation.algorithms.products import Doubles, Floats, Ids, Ints, exact_dot, 
 
 
 class Bounds(NamedTuple):
-    """Of each of n rows: t near centroids, a bound for all others. 142 bytes each for t = 16."""
+    """Of each of n rows: t near centroids, a bound for all others. 94 bytes each for t = 10."""
 
     near: Ids  # (n, t) numbers of centroids
     score: Floats  # (n, t) at call `looked`; at most so much, and exact where it could be the best

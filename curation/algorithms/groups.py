@@ -101,7 +101,7 @@ class GroupedAssigner:
     What a row gets depends on the row, the centroids and the probe: one assigner serves all blocks
     of a fit, and `Groups` made elsewhere of the same probe give the same. Held between calls: the
     last centroids and the order of their groups; in a call 24 bytes a row, and for each thread the
-    scores of 512 x 2,048 pairs. (What compares all holds 150 bytes a row and the
+    scores of 512 x 2,048 pairs. (What compares all holds 100 bytes a row and the
     centroids of several calls.)
     """
 

@@ -74,7 +74,7 @@ def fit_blocks(
     """Centroids (min(k, n), D) of all rows of `blocks`: at most `iterations` of Lloyd's.
 
     Each call of `blocks` gives the same arrays (n_i, D) in the same order: two passes to look and
-    to start, one an iteration, and one more above `groups.MANY` centroids. Held meanwhile: 150
+    to start, one an iteration, and one more above `groups.MANY` centroids. Held meanwhile: 100
     bytes a row, the centroids and their sums, and 4 k bytes a block and iteration, so that blocks
     should not be much smaller than k rows. A repeated centroid, as of copies, gets no rows.
     `note` is called after each iteration.

@@ -24,9 +24,9 @@ from curation.algorithms.visits import Base, Rows, Twins, Visits
 Bools = npt.NDArray[np.bool_]
 
 ROWS_PER_CELL = 256  # at least
-CELLS = 3  # by the square root of the base, at most: a row is compared with all of them
+CELLS = 2  # by the square root of the base, at most: a row is compared with all of them
 FEW_CELLS = 16  # bases of so few cells are searched whole
-SAMPLE_QUERIES = 1024
+SAMPLE_QUERIES = 2048
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
 ROUNDING = 1e-6  # of a margin
 CHUNK_ROWS = 262_144

@@ -88,7 +88,7 @@ class Products:
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
         count, scores = min(count, self._count), self._scores(rows)
-        if count <= scans.INSERTED:
+        if count <= scans.RANKED:
             best, at = scans.top(scans.keys(scores), self._count, count)
             return scans.scores_of(best), at
         largest, places = scores[:, : self._count].float().topk(count, dim=1)
@@ -128,14 +128,20 @@ class Products:
         return score, number
 
     def reaching(
-        self, rows: Floats | torch.Tensor, floors: Floats, others: Floats
+        self, rows: Floats | torch.Tensor, floors: Floats, others: Floats, best: int | None = None
     ) -> tuple[Ids, Ids]:
         """Positions of row and column (p,) of the scores that reach a floor of either.
 
         `floors` (n,) are of the first n rows, `others` (m,) of the first m columns, or empty: then
-        only the rows' count. In this thread's scratch memory, valid until its next call.
+        only the rows' count. `best`: what can't be among so many best of its row may be left out
+        as if its floor were higher. In this thread's scratch memory, valid until its next call.
         """
-        return self._reaching(scans.keys(self._scores(rows)[: len(floors)]), floors, others)
+        found = scans.keys(self._scores(rows)[: len(floors)])
+        columns = len(others) or self._count
+        if best and best <= min(scans.FEW, columns):
+            least = scans.scores_of(scans.floors_of_top(found, columns, best))
+            floors = np.maximum(floors, least - np.float32(2 * self.slack))
+        return self._reaching(found, floors, others)
 
     def _reaching(self, found: scans.Keys, floors: Floats, others: Floats) -> tuple[Ids, Ids]:
         columns = len(others) or self._count

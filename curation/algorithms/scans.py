@@ -15,11 +15,16 @@ import torch
 Keys = npt.NDArray[np.signedinteger[Any]]  # of 16 or 32 bits
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 
 # Scores whose largest is looked at before any of them, in short rows and in long ones.
 CHUNKS = 32, 128
 LONG = 1024
-INSERTED = 128  # up to so many of the largest are found by insertion
+RANKED = 128  # so many of the largest are ranked here by counting; more are sorted
+# Rows are folded to so many lanes, each the largest of every LANES-th score, if few are asked for.
+LANES, FEW = 128, 32
+COLUMN_BITS = 32
+COLUMN_MASK = (1 << COLUMN_BITS) - 1
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -53,17 +58,14 @@ def top(found: Keys, columns: int, count: int) -> tuple[Keys, Ids]:
     """
     best = np.empty((len(found), count), found.dtype)
     at = np.empty((len(found), count), np.int32)
-    _top(found, columns, _chunk(columns), _least(found.dtype), best, at)
+    _top(found, columns, _lanes(columns, count), best, at)
     return best, at
 
 
 def floors_of_top(found: Keys, columns: int, count: int) -> Keys:
     """Floors (n,) that at least `count` of the first `columns` of each row reach, and few more."""
-    if count > INSERTED:
-        rising = np.partition(found[:, :columns], columns - count, axis=1)
-        return rising[:, columns - count]
     floors = np.empty(len(found), found.dtype)
-    _floors_of_top(found, columns, _chunk(columns), count, _least(found.dtype), floors)
+    _floors_of_top(found, columns, _lanes(columns, count), count, floors)
     return floors
 
 
@@ -81,6 +83,10 @@ def reaching(
 
 def _chunk(columns: int) -> int:
     return CHUNKS[columns > LONG]
+
+
+def _lanes(columns: int, count: int) -> int:
+    return LANES if count <= FEW and columns > 2 * LANES else columns
 
 
 def _largest(dtype: np.dtype[Any]) -> Any:
@@ -115,53 +121,81 @@ def _peak(some: Keys, least: int) -> int:
 
 
 @numba.njit(nogil=True, cache=True)
-def _keep(row: Keys, start: int, stop: int, above: int, best: Keys, at: Ids, filled: int) -> int:
-    """Puts what of row[start:stop] is above `above` among the best so far; returns their number."""
-    last = best.size - 1
-    for j in range(start, stop):
-        key = row[j]
-        if key <= above or (filled > last and key <= best[last]):
-            continue
-        place = min(filled, last)
-        while place > 0 and best[place - 1] < key:
-            best[place], at[place] = best[place - 1], at[place - 1]
-            place -= 1
-        best[place], at[place] = key, j
-        filled = min(filled + 1, best.size)
-    return filled
+def _fold(row: Keys, columns: int, lanes: Keys) -> None:
+    """The largest of the columns l, l + m, l + 2 m ... in each of m lanes."""
+    width = lanes.size
+    lanes[:] = row[:width]
+    for start in range(width, columns, width):
+        part = row[start : min(start + width, columns)]
+        for lane in range(part.size):
+            lanes[lane] = max(lanes[lane], part[lane])
 
 
 @numba.njit(nogil=True, cache=True)
-def _top(found: Keys, columns: int, chunk: int, least: int, best: Keys, at: Ids) -> None:
-    last, chunks = best.shape[1] - 1, columns // chunk
-    peaks = np.empty(chunks + 1, found.dtype)
-    for i in range(found.shape[0]):
-        row, above, filled = found[i], least, 0
-        if chunks > last:  # so many scores are not below the last of the peaks
-            _peaks(row, columns, chunk, least, peaks)
-            _keep(peaks, 0, chunks, least, best[i], at[i], 0)
-            above = best[i, last] - 1
-        for c in range(chunks):
-            if chunks <= last or peaks[c] > above:
-                stop = (c + 1) * chunk
-                filled = _keep(row, c * chunk, stop, above, best[i], at[i], filled)
-        _keep(row, chunks * chunk, columns, above, best[i], at[i], filled)
+def _least_of(some: Keys) -> Any:
+    least = some[0]
+    for j in range(some.size):
+        least = min(least, some[j])
+    return least
 
 
 @numba.njit(nogil=True, cache=True)
-def _floors_of_top(
-    found: Keys, columns: int, chunk: int, count: int, least: int, floors: Keys
-) -> None:
-    chunks = columns // chunk
-    peaks, best = np.empty(chunks + 1, found.dtype), np.empty(count, found.dtype)
-    at = np.empty(count, np.int32)
-    for i in range(found.shape[0]):
-        if chunks < count:
-            _keep(found[i], 0, columns, least, best, at, 0)
+def _reach(some: Keys, floor: Any) -> Any:
+    """How many reach a floor."""
+    count = np.int32(0)
+    for j in range(some.size):
+        count += np.int32(some[j] >= floor)
+    return count
+
+
+@numba.njit(nogil=True, cache=True)
+def _least_of_top(some: Keys, count: int) -> Any:
+    """The largest key that `count` of some reach, by bisection: comparing all is cheap."""
+    low, high = np.int64(_least_of(some)), np.int64(_peak(some, some[0]))
+    while low < high:
+        middle = low + ((high - low + 1) >> 1)
+        if _reach(some, middle) >= count:
+            low = middle
         else:
-            _peaks(found[i], columns, chunk, least, peaks)
-            _keep(peaks, 0, chunks, least, best, at, 0)
-        floors[i] = best[count - 1]
+            high = middle - 1
+    return low
+
+
+@numba.njit(nogil=True, cache=True)
+def _rank(some: Ints, best: Keys, at: Ids) -> None:
+    """Puts the largest in order; each of `some` is a key and, below it, NOT the column."""
+    for one in some:
+        place = np.int64(0)
+        for j in range(some.size):
+            place += some[j] > one
+        if place < best.size:
+            best[place], at[place] = one >> COLUMN_BITS, ~one & COLUMN_MASK
+
+
+@numba.njit(nogil=True, cache=True)
+def _top(found: Keys, columns: int, width: int, best: Keys, at: Ids) -> None:
+    lanes, reached = np.empty(width, found.dtype), np.empty(width + 1, np.int32)
+    some = np.empty(columns + 1, np.int64)
+    for i in range(found.shape[0]):
+        row, lane_count, count = found[i], 0, 0
+        _fold(row, columns, lanes)
+        floor = _least_of_top(lanes, best.shape[1])
+        for lane in range(width):  # without a branch: half of them would be guessed wrong
+            reached[lane_count] = lane
+            lane_count += lanes[lane] >= floor
+        for lane in reached[:lane_count]:
+            for column in range(lane, columns, width):
+                some[count] = (np.int64(row[column]) << COLUMN_BITS) | (~column & COLUMN_MASK)
+                count += row[column] >= floor
+        _rank(some[:count], best[i], at[i])
+
+
+@numba.njit(nogil=True, cache=True)
+def _floors_of_top(found: Keys, columns: int, width: int, count: int, floors: Keys) -> None:
+    lanes = np.empty(width, found.dtype)
+    for i in range(found.shape[0]):
+        _fold(found[i], columns, lanes)
+        floors[i] = _least_of_top(lanes, count)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -62,7 +62,8 @@ class _Meeting:
             others = twins.best.score[twins.at[members], 0] - slack
         else:
             others = np.full(len(members), np.inf, np.float32)
-        at_row, at_column = products.reaching(asking, floors, others)
+        best = self.best.score.shape[1] + (twins is not None)  # and itself
+        at_row, at_column = products.reaching(asking, floors, others, best)
         if not len(at_row):
             return
         row, column, found = mine[at_row], members[at_column], np.empty(len(at_row), np.float32)
