@@ -34,7 +34,7 @@ from pretrain.shards import Shards, open_source
 SHARD_IMAGES = 1000
 RUNS = 5
 LARGER = 10  # times, of the images of a second writing: 129 kB, as those of the web are
-LEAST_TIMES, LEAST_OF_DISK = 10.0, 0.8
+LEAST_TIMES, LEAST = 10.0, 0.8
 
 
 def curate(folder: Path, images: list[bytes], shard_images: int) -> str:
@@ -113,7 +113,9 @@ def reading(folder: Path, images: list[bytes]) -> int:
 
 
 def writing(folder: Path, images: list[bytes]) -> int:
-    """Prints MB/s of a shard's writer and of the same bytes written at once; the targets missed."""
+    """Prints MB/s of a shard's writer, of a plain write and of one with the hashes that a shard
+    has; the targets missed. The plain ways hold all bytes in memory and read no file.
+    """
     cores = os.cpu_count() or 1
     uri = curate(folder, images * cores, len(images))
     store, block = open_store(uri), (folder / "run/shards/000000.tar").read_bytes()
@@ -123,26 +125,33 @@ def writing(folder: Path, images: list[bytes]) -> int:
             hashlib.sha256(data)
         hashlib.sha256(block)
 
+    def plain() -> None:
+        hashing()
+        store.write("block", block)
+
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:
         ways: dict[str, Callable[[], object]] = {
             "write and sync": lambda: store.write("block", block),
             "sha256 of the images and of the tar": hashing,
+            "hash both, then write and sync": plain,
             "a shard": lambda: write_shard(uri, 0),
             f"{cores} shards, a worker each": lambda: list(
                 pool.map(write_shard, [uri] * cores, range(cores))
             ),
         }
         seconds = medians(ways, time.perf_counter)
-    disk, hashed, one, several = (len(block) / taken / 1e6 for taken in seconds.values())
-    rates = dict(zip(ways, (disk, hashed, one, several * cores), strict=True))
+    rates = {name: len(block) / taken / 1e6 for name, taken in seconds.items()}
+    rates[f"{cores} shards, a worker each"] *= cores
+    disk, _, plainly, one, _ = rates.values()
     images_kb = (
         f"{len(block) / 1e6:.0f} MB of images of {np.mean([*map(len, images)]) / 1e3:.0f} kB"
     )
     table([images_kb, "MB/s"], [[name, f"{rate:,.0f}"] for name, rate in rates.items()])
-    missed = 0
-    for name, rate in list(rates.items())[2:]:
-        share = rate / disk
-        missed += target(f"{name}: {share:.0%} of the disk, of 80 %", share >= LEAST_OF_DISK)
+    missed = target(
+        f"a shard: {one / plainly:.0%} of hashing, then writing, of 80 %", one >= LEAST * plainly
+    )
+    for name, rate in list(rates.items())[3:]:
+        missed += target(f"{name}: {rate / disk:.0%} of the disk, of 80 %", rate >= LEAST * disk)
     return missed
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-WRITE_BYTES = 4 << 20  # handed over at a time; three times as much may be in memory
+WRITE_BYTES = 1 << 20  # handed over at a time; three times as much may be in memory
 _NAME_BYTES, _LARGEST = 100, 8**11  # of what fits in a plain header
 _BLANK = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)
 _MODE, _TIME, _REST = _BLANK[100:124], _BLANK[136:148], _BLANK[156:]
