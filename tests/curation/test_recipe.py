@@ -169,6 +169,14 @@ def test_levels_are_no_truth_value() -> None:
     assert found.startswith("sources.curated.cats.retrieve.0.hierarchical.levels: true and false")
 
 
+def test_truth_values_are_taken_where_they_are_meant() -> None:
+    assert parse(yaml.safe_dump(recipe(encoder={"compile": True})), "r.yaml", []).encoder.compile
+    (found,) = faults(recipe(encoder={"compile": "perhaps"}))
+    assert found.startswith("encoder.compile: must be ")
+    (found,) = faults(recipe(encoder={"batch": True}))
+    assert found.startswith("encoder.batch: true and false")
+
+
 @pytest.mark.parametrize(
     ("levels", "k", "counts", "least"),
     [
