@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
             Path(path).write_text(constants.dump(measured, "measured for this table"))
         c = constants.load(path)
     with tempfile.TemporaryDirectory() as folder:
-        run(project(options.images, 64, Path(folder)))  # so that all is compiled
+        run(project(options.images, max(options.sizes), Path(folder)))  # so that all is compiled
     small_runs.self_join(make(4000, COPIES, DIM))  # and loaded here
     missed = stages(options.images, options.sizes, c)
     return missed + searches(recipe, options.rows, c)

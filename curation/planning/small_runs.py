@@ -23,7 +23,7 @@ from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor, MakeWorker, Outcome, one_thread
 from curation.runtime.store import Store, open_store, write_table
 from curation.schema import vectors
-from curation.stages.cluster_tables import binary
+from curation.stages.cluster_tables import binary, read_objective
 from curation.stages.neighbour_plan import Join, SearchConfig
 from curation.stages.neighbours import search
 from curation.stages.tables import Embedded, Part, VectorView
@@ -31,6 +31,8 @@ from curation.stages.tables import Embedded, Part, VectorView
 SMALL, LARGE = 200, 1700  # images of the small runs
 FEW, MANY = 50, 1000  # images a part in them
 CURATED = 30  # of so many images one
+COLD = 3  # new processes: how long one takes to load all varies by half
+CLUSTERS, ITERATIONS = 50, 20  # of a longer fit
 PART_ROWS = 10_000  # vectors a part
 WORKERS = ("cluster", "shards", "lineage")
 WORKING_DRIVERS = ("ingest", "dedup", "retrieve", "shards")  # others only read columns
@@ -41,6 +43,7 @@ USED = {
     *(f"{name}_start_s" for name in pipeline.STAGES),
     *(f"{name}_driver_image_s" for name in WORKING_DRIVERS),
     "embed_part_s",
+    "kmeans_iteration_s",
 }
 
 
@@ -53,7 +56,8 @@ class _Descriptor(torch.nn.Module):
 
 
 def stages() -> dict[str, float]:
-    """Seconds of each stage to begin, for a part and for an image, maths nearly left out.
+    """Seconds of each stage to begin, for a part and for an image, maths nearly left out, and of an
+    iteration of k-means.
 
     To begin: in a process of its own, which loads what the stage needs.
     """
@@ -67,9 +71,9 @@ def stages() -> dict[str, float]:
             if seed == SMALL - 1:
                 _run(folder, "first", FEW)  # after which all is compiled
                 small = _run(folder, "small", FEW)
-                cold = in_new_process(_run, folder, "cold", FEW)
+                cold = _median([in_new_process(_run, folder, f"cold{n}", FEW) for n in range(COLD)])
         large, wide = _run(folder, "large", FEW), _run(folder, "wide", MANY)
-    found: dict[str, float] = {}
+        found = {"kmeans_iteration_s": _iteration(folder, "large")}
     few, many, least = _parts(SMALL, FEW), _parts(LARGE, FEW), _parts(LARGE, MANY)
     for name in cold:
         part = max(0.0, (large[name] - wide[name]) / (many - least))
@@ -80,6 +84,19 @@ def stages() -> dict[str, float]:
         stage = name.removesuffix("_driver")
         found[f"{stage}_start_s"] = found.get(f"{stage}_start_s", 0.0) + begin
     return {name: value for name, value in found.items() if name in USED}
+
+
+def _median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.median([run[name] for run in runs])) for name in runs[0]}
+
+
+def _iteration(folder: Path, name: str) -> float:
+    """Seconds of one of k-means, with what it publishes, by a short and a long fit of a run."""
+    seconds, done = [], []
+    for iterations in (2, 1, ITERATIONS):  # the first loads what it needs
+        seconds.append(_run(folder, name, FEW, CLUSTERS, iterations)["cluster_driver"])
+        done.append(len(read_objective(open_store(str(folder / name)))))  # it may rest before
+    return max(0.0, (seconds[2] - seconds[1]) / (done[2] - done[1]))
 
 
 def _parts(images: int, part_images: int) -> int:
@@ -99,7 +116,9 @@ def _tiny_models(folder: Path) -> None:
         torch.jit.script(_Descriptor()).save(str(folder / "copy.pt"))  # type: ignore[no-untyped-call]
 
 
-def _run(folder: Path, name: str, part_images: int) -> dict[str, float]:
+def _run(
+    folder: Path, name: str, part_images: int, k: int = 5, iterations: int = 3
+) -> dict[str, float]:
     """Seconds of every stage of a run that selects nearly all."""
     recipe = Recipe.model_validate(
         {
@@ -117,7 +136,7 @@ def _run(folder: Path, name: str, part_images: int) -> dict[str, float]:
             "encoder": {"model": "test_vit", "weights": str(folder / "vit.safetensors")},
             "copy_descriptor": {"weights": str(folder / "copy.pt")},
             "dedup": {"min_cosine": 0.999},
-            "cluster": {"k": 5, "iterations": 3},
+            "cluster": {"k": k, "iterations": iterations},
             "resources": {"part_images": part_images},
         }
     )

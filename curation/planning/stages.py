@@ -12,13 +12,18 @@ from curation.algorithms import groups, hamming
 from curation.planning.job import BLOCK, IMAGES, TABLE, UPLOAD_PART, VECTORS, Job, Step, driver
 from curation.planning.search import LOAD, PAIR, Ask, search
 from curation.runtime.store import REQUESTS
-from curation.stages import centroids, cluster_sample, draws, shard_plan
+from curation.stages import centroids, cluster_sample, draws, report_examples, shard_plan
 
 READ_AHEAD = 1 << 20  # bytes of a request within an archive
 LISTED = 1000  # objects of one LIST request
 IMAGE_ROW, MEMBER_ROW, LINEAGE_ROW = 120, 70, 150  # bytes an image in these tables
 PLAN_ROW = 200  # bytes of an image in the plan of the shards
 CANDIDATE = 24  # bytes of an image that may be drawn
+THUMBNAILS = (  # of the report, where most groups of copies are pairs
+    report_examples.QUERIES * (1 + report_examples.NEIGHBOURS)
+    + report_examples.GROUPS * 2
+    + report_examples.CLUSTERS * report_examples.CLUSTER_IMAGES
+)
 SAMPLE_BYTES = 2600  # of a shard beside the image: JSON, tar headers, padding, index
 
 
@@ -292,4 +297,6 @@ def _lineage(job: Job) -> Iterator[Step]:
 
 
 def _report(job: Job) -> Iterator[Step]:
+    shown = min(job.sizes.total, THUMBNAILS)
+    yield Step("thumbnails", "driver", shown * job.c["thumbnail_s"], gets=float(shown))
     yield driver(job, "report", 5 * job.sizes.total, job.all_parts, 5 * TABLE)
