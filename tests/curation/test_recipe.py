@@ -58,6 +58,7 @@ def read(text: str, *overrides: str) -> Recipe:
         (recipe(images={"max_aspect": float("nan")}), "images.max_aspect: must be greater than "),
         (recipe(images=3), "images: must be a mapping of min_side, max_pixels, max_bytes, max_asp"),
         (recipe(encoder={"precision": "fp64"}), "encoder.precision: must be 'fp32', 'bf16' or 'f"),
+        (recipe(encoder={"compile": "often"}), "encoder.compile: must be a valid boolean, unable"),
         (recipe(dedup={"min_cosine": 2}), "dedup.min_cosine: must be less than or equal to 1, got"),
         (recipe(failures={"max_share": -0.1}), "failures.max_share: must be greater than or equal"),
         (recipe(sources=3), "sources: must be a mapping of pool, curated, holdout, got 3"),
