@@ -18,7 +18,13 @@ ROUNDED = 1e-5  # of |row| |column|: what summing in fp32 does
 # Of rows and columns no longer than 1: both are rounded, and so is their product.
 SLACK = 3 * HALF + ROUNDED
 SCORES = 1 << 27  # of a tile
+HELD_SHARE = 0.5  # of the free memory, for what stays there
 PAIRS = 1 << 18  # compared in fp64 at a time
+
+
+def has_room(needed: int) -> bool:
+    """Whether so many bytes can stay on the GPU, beside as much to work with."""
+    return needed <= HELD_SHARE * free_bytes()
 
 
 def free_bytes() -> int:

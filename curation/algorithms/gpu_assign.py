@@ -15,7 +15,6 @@ from curation.algorithms.gpu import HALF, ROUNDED, sent
 from curation.algorithms.lloyd import FIXED_BITS, Metric, Totals
 from curation.algorithms.products import NONE, Floats, Ints
 
-HELD_SHARE = 0.5  # of the free memory: rows up to so much stay on the GPU
 MOVED_ROWS = 1 << 17  # added up at a time
 LEAST_LENGTH = 1e-27
 FAINT = 4e-6  # fp16 rounds off of components of any size
@@ -72,7 +71,7 @@ class GpuAssigner:
         return before
 
     def _begin(self, rows: Floats) -> None:
-        self._held = sent(rows) if rows.nbytes <= HELD_SHARE * gpu.free_bytes() else None
+        self._held = sent(rows) if gpu.has_room(rows.nbytes) else None
         spans = (slice(at, at + MOVED_ROWS) for at in range(0, max(1, len(rows)), MOVED_ROWS))
         tiles = (sent(rows[some]) if self._held is None else self._held[some] for some in spans)
         self._rounding = _Rounding.joined([_Rounding.of(tile) for tile in tiles])

@@ -39,6 +39,13 @@ def search(queries: Rows, visits: Visits, base: Base, best: Best, twins: Twins |
         one.give_back()
 
 
+def has_room(queries: Rows, base: Base, best: Best) -> bool:
+    """Whether a search of these can be made on the GPU."""
+    both = {id(rows): rows for rows in (queries, base.rows) if "on_gpu" not in vars(rows)}
+    held = sum(6 * rows.vectors.size for rows in both.values())
+    return gpu.has_room(held + 20 * best.number.size)
+
+
 def _alike(asking: Ints, held: Ints) -> Iterator[Ints]:
     """Cells (b,) in which rows ask (c,) and lie (c,), alike in size: products of a whole batch are
     one step for the GPU, which a single cell would not fill."""

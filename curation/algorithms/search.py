@@ -25,7 +25,7 @@ def search(
     With `twins` the queries are a part of the base: no row meets itself, and each pair is offered
     to both of its rows, so that it is enough if one of them visits the other.
     """
-    if gpu.device():
+    if gpu.device() and gpu_search.has_room(queries, base, best):
         gpu_search.search(queries, visits, base, best, twins)
         return
     meeting = _Meeting(queries, base, best, twins, threading.Lock())

@@ -168,6 +168,19 @@ def test_uneven_cells_and_visits(scores: int, k: int, both: pytest.MonkeyPatch) 
     np.testing.assert_array_equal(found[0].number, found[1].number)
 
 
+def test_what_has_no_room_on_a_gpu_is_searched_by_the_processor(both: pytest.MonkeyPatch) -> None:
+    rows, found = unit(900, 24, 0), []
+    for free in (1 << 30, 1000):
+        both.setattr(gpu, "device", lambda: DEVICE)
+        both.setattr(gpu, "free_bytes", lambda free=free: free)
+        held, best = Rows(rows, np.arange(900)), Best(900, 5)
+        everywhere = Visits.of(np.zeros((900, 1), np.int64), 1)
+        search(held, everywhere, Base.of(held, np.zeros(900, np.int64), 1), best)
+        assert ("on_gpu" in vars(held)) == (free > 1000)
+        found.append(best.sorted().number)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 def test_groups_find_the_same(both: pytest.MonkeyPatch) -> None:
     rows, centroids, found = around(60, 3000, 24, 0.1, 0), around(60, 900, 24, 0.1, 1), []
     for device in (None, DEVICE):
