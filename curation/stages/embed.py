@@ -5,6 +5,8 @@ it touches. Images with the same bytes are found here, over the whole pool, and 
 with near perceptual hashes.
 """
 
+import functools
+import gc
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -83,6 +85,7 @@ class EmbedConfig:
         """The semantic encoder and the copy descriptor. Raises EncoderError or StoreError."""
         weights = None if self.weights in ("hub", "builtin") else read_uri(self.weights)
         copy = None if self.copy_weights == "builtin" else read_uri(self.copy_weights)
+        _keep_libraries()
         full = self.batch if self.compile else None
         semantic = load_semantic(self.model, weights, self.precision, full)
         return semantic, load_copy_descriptor(copy)
@@ -92,6 +95,15 @@ class EmbedConfig:
         if self.filter is None:
             return None
         return SafetyFilter(self.filter, read_uri(self.filter.weights))
+
+
+@functools.cache
+def _keep_libraries() -> None:
+    """Takes half a million objects of torch and timm, which stay, out of garbage collection: every
+    full one would look at them all, for a quarter of a second."""
+    import timm  # noqa: F401 (not at the top: only this stage needs it)
+
+    gc.freeze()
 
 
 def run(
