@@ -3,11 +3,12 @@
 import hashlib
 import os
 import tarfile
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-WRITE_BYTES = 1 << 20  # handed over at a time; three times as much may be in memory
+BLOCK_BYTES, BLOCKS = 1 << 20, 4  # hashed and written at a time, and how many are under way
 _NAME_BYTES, _LARGEST = 100, 8**11  # of what fits in a plain header
 _BLANK = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)
 _MODE, _TIME, _REST = _BLANK[100:124], _BLANK[136:148], _BLANK[156:]
@@ -27,8 +28,8 @@ def header(name: str, size: int) -> bytes:
 
 
 class TarWriter:
-    """Writes members in order. A thread hashes and writes what was added, and the disk begins
-    with it, while the caller goes on; errors of the disk come with a later call, as OSError.
+    """Writes members in order. One thread hashes what was added and another writes it, and the disk
+    begins with it, while the caller goes on; what fails there comes with a later call, as OSError.
 
     `size` and `sha256` are those of the whole tar once the block has ended well.
     """
@@ -38,11 +39,11 @@ class TarWriter:
         self._path, self._digest = path, hashlib.sha256()
         self._added: list[bytes] = []
         self._held = self._written = 0  # bytes
-        self._writing: Future[None] | None = None
+        self._under_way: deque[tuple[Future[None], Future[None]]] = deque()
 
     def __enter__(self) -> "TarWriter":
         self._file = open(self._path, "wb", buffering=0)
-        self._thread = ThreadPoolExecutor(1)
+        self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         return self
 
     def add(self, name: str, data: bytes) -> int:
@@ -58,12 +59,13 @@ class TarWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._file, self._thread:
+        with self._file, self._hasher, self._writer:
             if kind is None:
                 end = self.size + 2 * tarfile.BLOCKSIZE
                 self._append(bytes(-(-end // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - self.size))
                 self._hand_over()
-                self._wait()
+                while self._under_way:
+                    self._wait()
 
     @property
     def sha256(self) -> str:
@@ -74,21 +76,23 @@ class TarWriter:
         added = sum(map(len, chunks))
         self.size += added
         self._held += added
-        if self._held >= WRITE_BYTES:
+        if self._held >= BLOCK_BYTES:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        self._wait()
-        self._writing = self._thread.submit(self._write, self._added)
+        if len(self._under_way) == BLOCKS:
+            self._wait()
+        block = b"".join(self._added)  # in memory of an earlier one: malloc gives it again
         self._added, self._held = [], 0
+        hashing = self._hasher.submit(self._digest.update, block)
+        self._under_way.append((hashing, self._writer.submit(self._write, block)))
 
     def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        """For the oldest block."""
+        for task in self._under_way.popleft():
+            task.result()
 
-    def _write(self, chunks: list[bytes]) -> None:
-        block = b"".join(chunks)
-        self._digest.update(block)
+    def _write(self, block: bytes) -> None:
         rest = memoryview(block)
         while rest:
             rest = rest[self._file.write(rest) :]

@@ -44,7 +44,7 @@ def test_the_whole_is_that_of_tarfile(members: list[tuple[str, bytes]]) -> None:
             expected.addfile(info(name, len(data)), io.BytesIO(data))
     wanted = buffer.getvalue()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tar_writer, "WRITE_BYTES", 5000)
+        patch.setattr(tar_writer, "BLOCK_BYTES", 5000)
         with TarWriter(Path(folder) / "made.tar") as tar:
             places = [(tar.add(name, data), data) for name, data in members]
         assert (Path(folder) / "made.tar").read_bytes() == wanted
@@ -61,7 +61,7 @@ def write(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 @pytest.mark.parametrize("written", [1, 10_000])
 def test_a_full_disk_is_told(written: int, monkeypatch: pytest.MonkeyPatch) -> None:
     threads = threading.active_count()
-    monkeypatch.setattr(tar_writer, "WRITE_BYTES", 5000)
+    monkeypatch.setattr(tar_writer, "BLOCK_BYTES", 5000)
     with pytest.raises(OSError, match="No space left"):
         write(Path("/dev/full"), [("a.jpg", bytes(1000))] * written)
     assert threading.active_count() == threads
