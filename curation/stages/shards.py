@@ -54,7 +54,7 @@ from curation.stages.tables import (
 
 BATCH_IMAGES, BATCH_BYTES = 32, 4 << 20  # read by a thread at a time
 # Threads that read local files. Each step of theirs asks for Python's lock: sixteen of them took
-# a worker half as long again as two, where a core was free.
+# a worker a fifth longer than two, where a core was free.
 LOCAL_READERS = 2
 GAP_BYTES = 1 << 20  # that are read between an image and its extras, rather than ask twice
 FACES_TABLE = "shards/faces.parquet"
