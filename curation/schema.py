@@ -10,9 +10,9 @@ import pyarrow as pa
 VERSIONS = {
     "ingest": 1,
     "embed": 3,
-    "dedup": 3,
+    "dedup": 4,
     "cluster": 2,
-    "retrieve": 3,
+    "retrieve": 4,
     "shards": 1,
     "lineage": 3,
     "report": 4,

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from workbench import Models, Project, make_models, make_project
 
+from curation.algorithms import coarse, products
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests first: of two processes neither has a long one left when the other has none."""
@@ -55,3 +57,13 @@ def browser() -> Iterator[Any]:
     window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     yield window
     window.quit()
+
+
+@pytest.fixture(params=["bytes", "floats"])
+def multiplied_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test as on this processor, and as on one that multiplies no int8."""
+    if request.param == "floats":
+        monkeypatch.setattr(products, "multiplies_bytes", lambda: False)
+        monkeypatch.setattr(coarse, "multiplies_bytes", lambda: False)
+    kind: str = request.param
+    return kind

@@ -19,7 +19,6 @@ from curation.algorithms.equal import first_of_equal
 from curation.algorithms.gpu_assign import GpuAssigner
 from curation.algorithms.lloyd import Assign
 from curation.algorithms.products import (
-    NOTHING,
     ROUNDED,
     TILE_ROWS,
     Doubles,
@@ -139,7 +138,7 @@ class Assigner:
 
         def tile(mine: Ints, here: Floats) -> None:
             floors = bounds.floors(mine, known, call)
-            at_row, at_column = products.reaching(here, floors, NOTHING)
+            at_row, at_column = products.reaching(here, floors)
             bounds.offer(mine, at_row, at_column, *state)
 
         _each_chosen(rows, chosen, products.tile_rows, tile)

@@ -1,7 +1,7 @@
 """Cells: coarse centroids that say where a row's neighbours lie.
 
-The centroids come from flat k-means of a sample. Which cells are nearest to a row is exact and the
-same everywhere, whatever precision finds them.
+The centroids come from flat k-means of a sample. Which cells are nearest to a row is the same
+everywhere: they are ranked by whole numbers.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,16 @@ import numpy as np
 
 from curation.algorithms import gpu
 from curation.algorithms.best import Neighbours
-from curation.algorithms.gpu_assign import GpuAssigner
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import NONE, Floats, Ids, Ints, Products, Within, square_norms
+from curation.algorithms.products import NONE, Floats, Ids, Ints, square_norms
+from curation.algorithms.ranking import Ranking
+from curation.algorithms.scans import Within
 from curation.algorithms.tiles import each_tile
 
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
 SAMPLE_PER_CELL = 64
-LEAST = 3  # cells that any row asks in
-NEAR_SHARE = 0.85  # of the score with its nearest cell: about what others score that a row asks in
+LEAST = 4  # cells that any row asks in
+NEAR_SHARE = 0.6  # of the score with its nearest cell: with a margin, what others score it asks in
 LEAF, POWER_STEPS = 8, 4  # of the bisection
 
 
@@ -56,30 +57,30 @@ class Cells:
 
     def nearest(self, rows: Floats, count: int) -> Neighbours:
         """The `count` nearest cells of rows (n, D), nearest first, equal ones by number."""
-        products, shape = self._products(), (len(rows), min(count, len(self)))
+        ranking, shape = self._ranking(), (len(rows), min(count, len(self)))
         found = Neighbours(np.empty(shape, np.float32), np.empty(shape, np.int64))
 
         def tile(start: int, stop: int) -> None:
-            nearest = products.nearest(rows[start:stop], count)
+            nearest = ranking.nearest(rows[start:stop], count)
             found.score[start:stop], found.number[start:stop] = nearest
 
-        each_tile(len(rows), products.tile_rows, tile)
+        each_tile(len(rows), ranking.tile_rows, tile)
         return found
 
     def way(self, rows: Floats, reach: Reach) -> Ids:
         """The cells that rows (n, D) ask in, nearest first, then NONE: (n, reach.most)."""
-        products, way = self._products(), np.full((len(rows), reach.most), NONE, np.int32)
+        ranking, way = self._ranking(), np.full((len(rows), reach.most), NONE, np.int32)
         within = Within(NEAR_SHARE, reach.margin, LEAST, reach.most)
 
         def tile(start: int, stop: int) -> None:
-            near = products.near(rows[start:stop], within)[1]
+            near = ranking.near(rows[start:stop], within)
             way[start:stop, : near.shape[1]] = near
 
-        each_tile(len(rows), products.tile_rows, tile)
+        each_tile(len(rows), ranking.tile_rows, tile)
         return way
 
-    def _products(self) -> Products | gpu.Columns:
-        return gpu.Columns(self.centroids) if gpu.device() else Products(self.centroids)
+    def _ranking(self) -> Ranking | gpu.Columns:
+        return gpu.Columns(self.centroids) if gpu.device() else Ranking(self.centroids)
 
     def assign(self, rows: Floats) -> Ints:
         """The nearest cell of each row (n,)."""
@@ -99,8 +100,7 @@ def _centroids(sample: Floats, count: int) -> Floats:
 
 
 def _moved(rows: Floats, start: Floats, iterations: int) -> Floats:
-    make = GpuAssigner if gpu.device() else lambda _: _nearest_of_moving
-    sweep = BlockSweep(lambda: [rows], Metric(), make)
+    sweep = BlockSweep(lambda: [rows], Metric(), lambda _: _nearest_of_moving)
     return lloyd(Clustering(start, ()), sweep, iterations, Metric()).centroids
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curation.algorithms.products import NONE, Floats, Ints, Within
+from curation.algorithms.products import NONE, Floats, Ints
+from curation.algorithms.ranking import BITS, TOO_LARGE
+from curation.algorithms.scans import Within
 
 HALF = 2.0**-11  # of a number: what fp16 rounds off
 ROUNDED = 1e-5  # of |row| |column|: what summing in fp32 does
@@ -93,11 +95,19 @@ def places(row: Tensor) -> Tensor:
     return at - torch.where(begins, at, 0).cummax(0)[0]
 
 
+def on_grid(rows: Tensor, largest: Tensor) -> Tensor:
+    """Rows (n, D) rounded as `ranking` does it, by their largest numbers (n, 1) or (1, 1)."""
+    step = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - BITS)
+    step = torch.where(largest >= float(TOO_LARGE) * step, 2 * step, step)
+    return torch.round(rows / step) * step
+
+
 class Columns:
-    """Unit columns (m, D) on a GPU, and which of them are nearest to unit rows."""
+    """Unit columns (m, D) on a GPU, and which of them are nearest to unit rows: `Ranking` there."""
 
     def __init__(self, columns: Floats) -> None:
-        self._exact = sent(columns)
+        here = sent(columns)
+        self._exact = on_grid(here, here.abs().amax()[None, None])
         self._half = self._exact.half()
 
     @property
@@ -106,23 +116,24 @@ class Columns:
         return max(1, SCORES // len(self._exact))
 
     def nearest(self, rows: Floats, count: int) -> tuple[Floats, Ints]:
-        """As `Products.nearest`."""
+        """As `Ranking.nearest`."""
         count = min(count, len(self._exact))
         here, scores = self._scores(rows)
         return self._ranked(here, scores, _least_of_top(scores, count), count)
 
-    def near(self, rows: Floats, within: Within) -> tuple[Floats, Ints]:
-        """As `Products.near`, with no more columns than some row needs."""
+    def near(self, rows: Floats, within: Within) -> Ints:
+        """As `Ranking.near`, with no more columns than some row needs."""
         here, scores = self._scores(rows)
         floors = within.share * _least_of_top(scores, 1) - within.margin
         floors = torch.minimum(floors, _least_of_top(scores, min(within.least, len(self._exact))))
         score, number = self._ranked(here, scores, floors, within.most)
         lowest = np.float32(within.share) * score[:, :1] - np.float32(within.margin)
         number[:, within.least :][score[:, within.least :] < lowest] = NONE
-        return score, number
+        return number
 
     def _scores(self, rows: Floats) -> tuple[Tensor, Tensor]:
         here = sent(rows)
+        here = on_grid(here, here.abs().amax(1, keepdim=True))
         return here, product(here.half(), self._half)
 
     def _ranked(

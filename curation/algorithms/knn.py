@@ -26,7 +26,7 @@ Bools = npt.NDArray[np.bool_]
 ROWS_PER_CELL = 256  # at least
 CELLS = 2  # by the square root of the base, at most: a row is compared with all of them
 FEW_CELLS = 16  # bases of so few cells are searched whole
-SAMPLE_QUERIES = 2048
+SAMPLE_QUERIES = 2048  # twice as many of a self-join, some of which have very many neighbours
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
 ROUNDING = 1e-6  # of a margin
 CHUNK_ROWS = 262_144
@@ -92,7 +92,8 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     cells = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
-    sampled = np.sort(rng.choice(telling, min(SAMPLE_QUERIES, len(telling)), replace=False))
+    wanted = min(SAMPLE_QUERIES << what.itself, len(telling))
+    sampled = np.sort(rng.choice(telling, wanted, replace=False))
     sample = Rows(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     held = Rows(rows, distinct)
     truth = exact(sample, [held], what)

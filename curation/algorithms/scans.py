@@ -5,6 +5,7 @@ turned round, which compare as the scores do. Of bf16 one instruction compares 3
 fp32 is needed.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numba
@@ -25,6 +26,8 @@ RANKED = 128  # so many of the largest are ranked here by counting; more are sor
 LANES, FEW = 128, 32
 COLUMN_BITS = 32
 COLUMN_MASK = (1 << COLUMN_BITS) - 1
+
+NONE = -1  # the number of what isn't there
 
 BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -60,6 +63,28 @@ def top(found: Keys, columns: int, count: int) -> tuple[Keys, Ids]:
     at = np.empty((len(found), count), np.int32)
     _top(found, columns, _lanes(columns, count), best, at)
     return best, at
+
+
+@dataclass(frozen=True)
+class Within:
+    """Columns that score at least `share` of a row's largest score less `margin`: of each row the
+    `least` best whatever they score, and `most` at most."""
+
+    share: float
+    margin: float
+    least: int
+    most: int
+
+
+def near(found: Keys, columns: int, unit: Floats, within: Within) -> Ids:
+    """The columns (n, within.most), of the first `columns`, that score as `within` asks, the best
+    first; NONE after them. Scores are whole numbers of a `unit` (n,)."""
+    at = np.empty((len(found), within.most), np.int32)
+    best = np.empty(within.most, found.dtype)
+    share, margin, least = np.float32(within.share), np.float32(within.margin), within.least
+    width = _lanes(columns, least)
+    _near(found, columns, width, unit, share, margin, min(least, columns), best, at)
+    return at
 
 
 def floors_of_top(found: Keys, columns: int, count: int) -> Keys:
@@ -188,6 +213,51 @@ def _top(found: Keys, columns: int, width: int, best: Keys, at: Ids) -> None:
                 some[count] = (np.int64(row[column]) << COLUMN_BITS) | (~column & COLUMN_MASK)
                 count += row[column] >= floor
         _rank(some[:count], best[i], at[i])
+
+
+@numba.njit(nogil=True, cache=True)
+def _near(
+    found: Keys,
+    columns: int,
+    width: int,
+    unit: Floats,
+    share: np.float32,
+    margin: np.float32,
+    least: int,
+    best: Keys,
+    at: Ids,
+) -> None:
+    lanes = np.empty(width, found.dtype)
+    for i in range(found.shape[0]):
+        row, filled = found[i], 0
+        _fold(row, columns, lanes)
+        lowest = share * (np.float32(_peak(lanes, lanes[0])) * unit[i]) - margin
+        floor = min(np.int64(np.ceil(lowest / unit[i])), _least_of_top(lanes, least))
+        for lane in range(width):
+            if lanes[lane] < floor:
+                continue
+            for column in range(lane, columns, width):
+                key = row[column]
+                if key < floor or (
+                    filled == best.size and _first(best, at[i], filled, key, column)
+                ):
+                    continue
+                place = min(filled, best.size - 1)
+                while place > 0 and not _first(best, at[i], place, key, column):
+                    best[place], at[i, place] = best[place - 1], at[i, place - 1]
+                    place -= 1
+                best[place], at[i, place] = key, column
+                filled = min(filled + 1, best.size)
+        while filled > least and np.float32(best[filled - 1]) * unit[i] < lowest:
+            filled -= 1
+        at[i, filled:] = NONE
+
+
+@numba.njit(nogil=True, cache=True)
+def _first(best: Keys, at: Ids, filled: int, key: int, column: int) -> bool:
+    """Whether the last of those filled in goes before a column of some key."""
+    last = best[filled - 1]
+    return bool(last > key or (last == key and at[filled - 1] < column))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-import torch
 
 from curation.algorithms import gpu, gpu_search
 from curation.algorithms.best import Best, offer
-from curation.algorithms.products import Floats, Ints, Products, chosen_of, fast_dot
+from curation.algorithms.coarse import Coarse, Scores
+from curation.algorithms.products import Floats, Ints, fast_dot
+from curation.algorithms.scans import FEW
 from curation.algorithms.tiles import each
 from curation.algorithms.visits import Base, Rows, Twins, Visits
 
@@ -29,16 +30,16 @@ def search(
         gpu_search.search(queries, visits, base, best, twins)
         return
     meeting = _Meeting(queries, base, best, twins, threading.Lock())
-    asked, held = queries.rounded, base.rows.rounded
+    asked, held = queries.coarse, base.rows.coarse
 
     def cell(number: int) -> None:
         asking = visits.queries[visits.starts[number] : visits.starts[number + 1]]
         for start in range(base.starts[number], base.starts[number + 1], BASE_ROWS):
             members = base.members[start : min(start + BASE_ROWS, base.starts[number + 1])]
-            products = Products(chosen_of(held, members, "base"))
+            met = held.chosen(members, "base")
             for first in range(0, len(asking), QUERY_ROWS):
                 mine = asking[first : first + QUERY_ROWS]
-                meeting.of(mine, chosen_of(asked, mine, "queries"), members, products)
+                meeting.of(mine, asked.chosen(mine, "queries"), members, met)
 
     occupied = (np.diff(base.starts) > 0) & (np.diff(visits.starts) > 0)
     work = np.flatnonzero(occupied)
@@ -53,17 +54,16 @@ class _Meeting:
     twins: Twins | None
     lock: threading.Lock
 
-    def of(self, mine: Ints, asking: torch.Tensor, members: Ints, products: Products) -> None:
+    def of(self, mine: Ints, asking: Coarse, members: Ints, met: Coarse) -> None:
         """Rows at positions `mine` (n,) meet the base's rows at `members` (m,)."""
-        slack, twins = np.float32(products.slack), self.twins
+        scores, twins = Scores(asking, met), self.twins
         # Other threads may raise the floors meanwhile: then a few are offered in vain.
-        floors = self.best.score[mine, 0] - slack
-        if twins:
-            others = twins.best.score[twins.at[members], 0] - slack
-        else:
-            others = np.full(len(members), np.inf, np.float32)
-        best = self.best.score.shape[1] + (twins is not None)  # and itself
-        at_row, at_column = products.reaching(asking, floors, others, best)
+        floors = self.best.score[mine, 0] - scores.off
+        enough = self.best.score.shape[1] + (twins is not None)  # and itself
+        if enough <= min(FEW, len(members)):  # what can't be among so many best of its row
+            floors = np.maximum(floors, scores.top(enough) - 2 * scores.off)
+        others = twins.best.score[twins.at[members], 0] - met.off(asking) if twins else None
+        at_row, at_column = scores.reaching(floors, others)
         if not len(at_row):
             return
         row, column, found = mine[at_row], members[at_column], np.empty(len(at_row), np.float32)

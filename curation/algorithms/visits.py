@@ -6,11 +6,11 @@ from functools import cached_property
 
 import numba
 import numpy as np
-import torch
 
 from curation.algorithms import gpu
 from curation.algorithms.best import Best
-from curation.algorithms.products import Floats, Ids, Ints, rounded
+from curation.algorithms.coarse import Coarse
+from curation.algorithms.products import Floats, Ids, Ints
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Rows:
         return len(self.vectors)
 
     @cached_property
-    def rounded(self) -> torch.Tensor:
+    def coarse(self) -> Coarse:
         """The vectors as products take them; kept, since every cell takes some of them."""
-        return rounded(self.vectors)
+        return Coarse.of(self.vectors)
 
     @cached_property
     def on_gpu(self) -> gpu.Held:

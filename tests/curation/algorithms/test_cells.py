@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
-import torch
 from test_knn import NEAR_EQUAL, around, unit
+from test_ranking import ranked
 
-from curation.algorithms import products
 from curation.algorithms.cells import LEAST, NEAR_SHARE, Cells, Reach
 from curation.algorithms.products import NONE, Floats
 
@@ -14,21 +13,15 @@ def fitted(rows: Floats, count: int) -> Cells:
     return Cells.fit(rows, count, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("multiplied_in")
 @pytest.mark.parametrize(("count", "wanted"), [(1, 7), (15, 7), (90, 1), (400, 7), (400, 300)])
-def test_the_nearest_cells_are_exact_in_any_precision(
-    count: int, wanted: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_nearest_cells_are_those_of_the_grid(count: int, wanted: int) -> None:
     rows = unit(3000, 12, 0)
     cells = fitted(rows, count)
-    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
     found = cells.nearest(rows[:1500], wanted)
-    scores = rows[:1500].astype(np.float64) @ cells.centroids.T.astype(np.float64)
-    truth = -np.sort(-scores, axis=1)[:, :wanted]
-    mine = np.take_along_axis(scores, found.number, axis=1)
-    np.testing.assert_allclose(mine, truth, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(found.score, truth, atol=1e-6, rtol=0)
-    assert all(len(set(row)) == len(row) for row in found.number.tolist())
+    score, number = ranked(rows[:1500], cells.centroids)
+    np.testing.assert_array_equal(found.number, number[:, :wanted])
+    np.testing.assert_array_equal(found.score, score[:, :wanted])
     np.testing.assert_allclose(np.linalg.norm(cells.centroids, axis=1), 1, atol=1e-5)
 
 
@@ -69,14 +62,11 @@ def test_fewer_cells_than_asked_are_filled_up() -> None:
     assert (found.number != NONE).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("multiplied_in")
 @pytest.mark.parametrize(("margin", "most"), [(0.0, 40), (0.1, 9), (-np.inf, 3), (np.inf, 7)])
-def test_rows_ask_in_cells_that_score_nearly_as_their_nearest(
-    margin: float, most: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_ask_in_cells_that_score_nearly_as_their_nearest(margin: float, most: int) -> None:
     rows = np.concatenate([around(40, 1000, 32, 0.1, 0), unit(400, 32, 1)])  # and noise
     cells = fitted(rows[:1000], 60)
-    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
     way = cells.way(rows, Reach(margin, most))
     near = cells.nearest(rows, most)
     asked = near.score >= NEAR_SHARE * near.score[:, :1] - margin
@@ -88,7 +78,7 @@ def test_rows_ask_in_cells_that_score_nearly_as_their_nearest(
 def test_noise_asks_in_more_cells() -> None:
     rows = np.concatenate([around(40, 4000, 32, 0.1, 0), unit(400, 32, 1)])
     asked = (fitted(rows[:4000], 60).way(rows, Reach(0.1, 40)) != NONE).sum(axis=1)
-    assert asked[:4000].mean() < 4 < 6 < asked[4000:].mean()
+    assert asked[:4000].mean() < 5 < 6 < asked[4000:].mean()
 
 
 def test_near_cells_have_near_numbers() -> None:

@@ -13,7 +13,9 @@ from curation.algorithms.groups import Groups
 from curation.algorithms.kmeans import DEFAULT, Options, fit
 from curation.algorithms.knn import Search, join
 from curation.algorithms.lloyd import Metric, Totals
-from curation.algorithms.products import NONE, Floats, Ints, Within
+from curation.algorithms.products import NONE
+from curation.algorithms.ranking import Ranking
+from curation.algorithms.scans import Within
 from curation.algorithms.search import search
 from curation.algorithms.visits import Base, Rows, Twins, Visits
 
@@ -33,37 +35,29 @@ def both(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def ranked(rows: Floats, columns: Floats) -> tuple[Floats, Ints]:
-    """All columns by falling product, equal ones by number."""
-    truth = np.einsum("nd,md->nm", rows.astype(np.float64), columns.astype(np.float64))
-    order = np.argsort(-truth, axis=1, kind="stable")
-    return np.take_along_axis(truth, order, axis=1), order
-
-
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(("columns", "count"), [(20, 3), (300, 7), (300, 200), (1500, 1), (9, 99)])
-def test_the_nearest_are_exact(columns: int, count: int) -> None:
+def test_the_nearest_are_those_of_the_processor(columns: int, count: int) -> None:
     rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
     fixed[columns // 2 :] = fixed[: -(columns // 2)]  # each twice
     score, column = gpu.Columns(fixed).nearest(rows, count)
-    truth, wanted = ranked(rows, fixed)
-    np.testing.assert_allclose(score, truth[:, :count], atol=1e-6, rtol=0)
-    np.testing.assert_array_equal(column, wanted[:, :count])
+    same_score, same_column = Ranking(fixed).nearest(rows, count)
+    np.testing.assert_array_equal(score, same_score)
+    np.testing.assert_array_equal(column, same_column)
 
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.2, np.inf])
-def test_near_are_those_within(margin: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.5, 127.4 / 128])
+def test_near_are_those_of_the_processor(margin: float, scale: float) -> None:
     rows, fixed = unit(70, 24, 0), unit(300, 24, 1)
-    score, column = gpu.Columns(fixed).near(rows, Within(0.85, margin, 3, 40))
-    truth, wanted = ranked(rows, fixed)
-    inside = truth[:, :40] >= 0.85 * truth[:, :1] - margin
-    inside[:, :3] = True
-    most = column.shape[1]
-    assert not inside[:, most:].any()
-    np.testing.assert_array_equal(column, np.where(inside, wanted[:, :40], NONE)[:, :most])
-    inside = inside[:, :most]
-    np.testing.assert_allclose(score[inside], truth[:, :most][inside], atol=1e-6)
+    rows[:9] = np.eye(9, 24, dtype=np.float32) * np.float32(scale)
+    rows[9] = 0
+    within = Within(0.85, margin, 3, 40)
+    found, same = gpu.Columns(fixed).near(rows, within), Ranking(fixed).near(rows, within)
+    most = found.shape[1]
+    np.testing.assert_array_equal(found, same[:, :most])
+    assert (same[:, most:] == NONE).all()
 
 
 @pytest.mark.usefixtures("on_gpu")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curation.algorithms import crowds, knn, products, search
+from curation.algorithms import coarse, crowds, knn, products, search
 from curation.algorithms.best import Neighbours
 from curation.algorithms.cells import Reach
 from curation.algorithms.components import Components
@@ -164,17 +164,19 @@ def test_threads_blocks_and_chunks_give_the_same_bytes(
 
 
 @pytest.mark.parametrize("itself", [False, True])
-def test_bf16_products_find_what_fp32_finds(itself: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_bytes_find_what_fp32_finds(
+    itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(knn, "ROWS_PER_CELL", 30)
     base = np.concatenate([around(20, 900, 24, 0.1, 1), around(1, 300, 24, 1e-3, 2)])
     left = base if itself else around(20, 150, 24, 0.1, 3)
     monkeypatch.setattr(search, "BASE_ROWS", 20)  # most meet rows whose heaps are full
     found = []
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(products, "fast_dtype", lambda dtype=dtype: dtype)
-        monkeypatch.setattr("curation.algorithms.assign.fast_dtype", lambda dtype=dtype: dtype)
+    for module in (None, coarse, products):
+        if module:
+            monkeypatch.setattr(module, "multiplies_bytes", lambda: False)
         found.append(bytes_of(join(left, base, Search(7, itself=itself)).neighbours))
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 def test_equal_vectors_come_in_the_order_of_their_numbers() -> None:

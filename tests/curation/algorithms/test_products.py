@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_knn import unit
 
 from curation.algorithms import tiles
-from curation.algorithms.products import Floats, Products
+from curation.algorithms.products import Products, reached
 
-FLOATS = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
+FLOATS = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}  # what scores can be off
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -22,42 +22,27 @@ FLOATS = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2}
 def test_top_are_the_largest(dtype: torch.dtype, count: int, columns: int, biased: bool) -> None:
     rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
     bias = np.linspace(-1, 1, columns, dtype="f4") * biased
-    found = Products(fixed, bias, dtype)
+    found, off = Products(fixed, bias, dtype), FLOATS[dtype]
     score, column = found.top(rows, count)
     truth = rows @ fixed.T + bias
-    np.testing.assert_allclose(score, -np.sort(-truth, axis=1)[:, :count], atol=found.slack, rtol=0)
-    np.testing.assert_allclose(np.take_along_axis(truth, column, 1), score, atol=found.slack)
+    np.testing.assert_allclose(score, -np.sort(-truth, axis=1)[:, :count], atol=off, rtol=0)
+    np.testing.assert_allclose(np.take_along_axis(truth, column, 1), score, atol=off)
     assert (np.diff(score, axis=1) <= 0).all()
-    assert np.abs(found.scores(rows) - truth).max() <= found.slack
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("columns", "count"), [(20, 3), (300, 7), (300, 200), (1500, 7), (9, 99)])
-def test_the_nearest_are_exact(dtype: torch.dtype, columns: int, count: int) -> None:
-    rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
-    fixed[columns // 2 :] = fixed[: -(columns // 2)]  # each twice
-    score, column = Products(fixed, None, dtype).nearest(rows, count)
-    truth = rows.astype(np.float64) @ fixed.T.astype(np.float64)
-    wanted = np.argsort(-truth, axis=1, kind="stable")[:, :count]
-    np.testing.assert_allclose(score, np.take_along_axis(truth, wanted, axis=1), atol=1e-6, rtol=0)
-    np.testing.assert_array_equal(column, wanted)
+    assert np.abs(found.scores(rows) - truth).max() <= off
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("columns", [31, 32, 127, 333, 1024, 1025, 1500])
 def test_all_that_reaches_a_floor_is_found_in_wide_blocks(dtype: torch.dtype, columns: int) -> None:
     rows, fixed, rng = unit(50, 24, 0), unit(columns, 24, 1), np.random.default_rng(2)
-    found = Products(fixed, None, dtype)
-    floors, others = (rng.uniform(-0.2, 0.9, size).astype("f4") for size in (50, columns))
+    floors, off = rng.uniform(-0.2, 0.9, 50).astype("f4"), np.float32(FLOATS[dtype])
     truth = rows @ fixed.T
-    wanted = (truth >= floors[:, None]) | (truth >= others)
-    at_row, at_column = found.reaching(rows, floors - found.slack, others - np.float32(found.slack))
-    reached = np.zeros_like(wanted)
-    reached[at_row, at_column] = True
-    assert len(at_row) == reached.sum()
-    assert reached[wanted].all()
-    nearly = (truth >= floors[:, None] - 2 * found.slack) | (truth >= others - 2 * found.slack)
-    assert nearly[reached].all()
+    at_row, at_column = Products(fixed, None, dtype).reaching(rows, floors - off)
+    found = np.zeros_like(truth, np.bool_)
+    found[at_row, at_column] = True
+    assert len(at_row) == found.sum()
+    assert found[truth >= floors[:, None]].all()
+    assert (truth >= floors[:, None] - 2 * off)[found].all()
 
 
 @settings(deadline=None)  # the first call compiles
@@ -66,16 +51,15 @@ def test_what_reaches_a_floor_of_its_row_or_column_is_found(
     rows: int, columns: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    scores, floors, other = (
-        rng.integers(-5, 6, shape).astype(np.float32)
+    scores, floors, others = (
+        rng.integers(-5, 6, shape).astype(np.int32)
         for shape in ((rows, columns), (rows,), (columns,))
     )
-    floors[0], other[0] = -np.inf, np.inf
+    floors[0], others[0] = -(2**31), 2**31 - 1
     by_row = scores >= floors[:, None]
-    nothing: Floats = np.empty(0, np.float32)
-    found = Products(np.eye(columns, dtype=np.float32), None, torch.float32)
-    for wanted, others in ((by_row, nothing), (by_row | (scores >= other), other)):
-        at_row, at_column = found.reaching(scores, floors, others)
+    nothing = np.empty(0, np.int32)
+    for wanted, of_columns in ((by_row, nothing), (by_row | (scores >= others), others)):
+        at_row, at_column = reached(scores, columns, floors, of_columns)
         pairs = list(zip(at_row.tolist(), at_column.tolist(), strict=True))
         assert len(set(pairs)) == len(pairs)
         assert set(pairs) == set(zip(*(s.tolist() for s in np.nonzero(wanted)), strict=True))

@@ -2,21 +2,19 @@
 
 import numpy as np
 import pytest
-import torch
 from test_knn import check, unit
 
-from curation.algorithms import products, search
+from curation.algorithms import search
 from curation.algorithms.best import Best, Neighbours
 from curation.algorithms.products import NONE
 from curation.algorithms.visits import Base, Rows, Twins, Visits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("multiplied_in")
 @pytest.mark.parametrize("blocks", [(512, 2048), (1, 3), (7, 64)])
 def test_queries_meet_every_row_of_the_cells_that_they_visit(
-    dtype: torch.dtype, blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    blocks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "fast_dtype", lambda: dtype)
     monkeypatch.setattr(search, "QUERY_ROWS", blocks[0])
     monkeypatch.setattr(search, "BASE_ROWS", blocks[1])
     rng = np.random.default_rng(0)
