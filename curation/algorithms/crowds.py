@@ -14,6 +14,7 @@ from curation.algorithms.tiles import each
 ALIKE = 0.99  # rows of a larger product are one picture to every descriptor in use
 CROWD = 1024  # so many others: a few are no burden
 LEADERS = 16  # rows of a cell that are tried as the one that stands for others
+GLANCE = 128  # rows of a cell that a leader is compared with first: one alike calls for all
 
 Bools = npt.NDArray[np.bool_]
 
@@ -37,11 +38,23 @@ def without_crowds(rows: Floats, cell: Ints, cells: int, alike: float) -> Bools:
 
 
 @numba.njit(nogil=True, cache=True)
+def _has_alike(rows: Floats, members: Ints, leader: int, alike: np.float32) -> bool:
+    """Whether some evenly spaced members (m,) but the leader itself are alike to it."""
+    for turn in range(GLANCE):
+        member = members[turn * members.size // GLANCE]
+        if member != leader and fast_dot(rows[leader], rows[member]) > alike:
+            return True
+    return False
+
+
+@numba.njit(nogil=True, cache=True)
 def _look(rows: Floats, members: Ints, least: int, alike: np.float32, stays: Bools) -> None:
     """Takes the followers of some evenly spaced members of a cell (m,) out of `stays` (n,)."""
     for turn in range(min(LEADERS, members.size)):
         leader = members[turn * members.size // LEADERS]
         if not stays[leader]:
+            continue
+        if not _has_alike(rows, members, leader, alike):
             continue
         followers = [leader]
         for member in members:
