@@ -45,7 +45,7 @@ from curation.images.encoders import (
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
 from curation.runtime.store import open_store
-from curation.stages.embed import GPU_DECODE_THREADS, EmbedWorker
+from curation.stages.embed_worker import GPU_DECODE_THREADS, EmbedWorker
 from curation.stages.tables import read_parts
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}  # dense fp16 and bf16

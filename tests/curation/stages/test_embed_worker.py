@@ -13,7 +13,7 @@ from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
 from curation.runtime.store import Store, open_store, read_table
-from curation.stages.embed import EmbedWorker
+from curation.stages.embed_worker import EmbedWorker
 from curation.stages.tables import Embedded, Part, read_parts
 
 
