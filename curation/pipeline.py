@@ -215,6 +215,7 @@ def embed_config(recipe: Recipe) -> embed_worker.EmbedConfig:
         weights=weights,
         precision=r.encoder.precision,
         compile=r.encoder.compile,
+        decoder=r.encoder.decoder,
         batch=r.encoder.batch,
         copy_weights=r.copy_descriptor.weights,
         weights_version=" ".join(versions),

@@ -13,8 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
-from curation.images.decode import BadImage, Decoded, Limits, decode
+from curation.images import nvjpeg
+from curation.images.decode import BadImage, Limits, decode, examine, extension
 from curation.images.encoders import (
     Pixels,
     VectorModel,
@@ -22,6 +25,7 @@ from curation.images.encoders import (
     load_copy_descriptor,
     load_semantic,
 )
+from curation.images.nvjpeg import Jpeg
 from curation.images.perceptual import phash
 from curation.images.safety import FilterConfig, SafetyFilter
 from curation.runtime.executor import Counts
@@ -50,12 +54,14 @@ class EmbedConfig:
     filter: FilterConfig | None = None
     phash_bits: int | None = None
     compile: bool = False
+    decoder: str = "pillow"
 
     @property
     def embedding(self) -> str:
         """What the vectors depend on, besides the images."""
         models = (self.model, self.precision, self.copy_weights, self.weights_version)
         besides = ("phash",) * (self.phash_bits is not None) + ("compiled",) * self.compile
+        besides += (self.decoder,) * (self.decoder != "pillow")
         return fingerprint(models, asdict(self.limits), *self._filtered(), *besides)
 
     def _filtered(self) -> tuple[Any, ...]:
@@ -86,8 +92,20 @@ def _keep_libraries() -> None:
     gc.freeze()
 
 
-Prepared = tuple[int, list[Pixels]]  # row, and each model's input
-Started = tuple[list[Prepared], list[Callable[[], Vectors]]]  # and what waits for the vectors
+Facts = dict[str, Any]  # an image's row of `embed/images`
+Inputs = list[Pixels] | Jpeg  # each model's, none for a fault; or what they are still to be made of
+Prepared = tuple[int, Inputs]  # with its row
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows, and each model's (B, 3, S, S) uint8 input."""
+
+    rows: list[int]
+    inputs: list[Pixels] | list[Tensor]
+
+
+Started = tuple[Batch, list[Callable[[], Vectors]]]  # and what waits for the vectors
 
 
 class EmbedWorker:
@@ -98,12 +116,15 @@ class EmbedWorker:
         self._embedded = Embedded(cfg.embedding)
         self._semantic, self._copy = cfg.load()
         self._filter = cfg.load_filter()
-        on_gpu = self._semantic.device.type == "cuda"
+        self._device = self._semantic.device
+        if cfg.decoder == "nvjpeg":
+            nvjpeg.require(self._device)
+        on_gpu = self._device.type == "cuda"
         self._decode_threads = GPU_DECODE_THREADS if on_gpu else 0
         self._ahead = int(on_gpu)  # batches that a GPU has while the one before is written
 
     def __call__(self, part: Part) -> Counts:
-        images: list[dict[str, Any]] = []
+        images: list[Facts] = []
         schema = vectors(self._semantic.dim, self._copy.dim)
         faults: Counter[str] = Counter()
         vectors_path = self._embedded.vectors_path(part)
@@ -111,7 +132,7 @@ class EmbedWorker:
             with pq.ParquetWriter(scratch, schema, compression=compression(schema)) as writer:
                 started: deque[Started] = deque()
                 for batch in self._batches(part, images):
-                    started.append(self._start(batch))
+                    started.append((batch, self._start(batch)))
                     if len(started) > self._ahead:
                         self._finish(started.popleft(), images, writer, schema)
                 for one in started:
@@ -122,21 +143,40 @@ class EmbedWorker:
             write_table(self._store, self._embedded.images_path(part), table)
         return {"images": len(images), "faults": dict(faults)}
 
-    def _batches(self, part: Part, images: list[dict[str, Any]]) -> Iterator[list[Prepared]]:
-        """Full ones but for the last; facts of every image are added to `images`."""
-        batch: list[Prepared] = []
+    def _batches(self, part: Part, images: list[Facts]) -> Iterator[Batch]:
+        """Full ones but for the last, and for JPEGs that prove damaged when their turn comes.
+
+        Facts of every image are added to `images`.
+        """
+        waiting: list[Prepared] = []
         for row, found, inputs in self._prepared(part):
             images.append(found)
             if inputs:
-                batch.append((row, inputs))
-            if len(batch) == self._cfg.batch:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+                waiting.append((row, inputs))
+            if len(waiting) == self._cfg.batch:
+                yield from self._batch(waiting, images)
+                waiting = []
+        yield from self._batch(waiting, images)
 
-    def _prepared(self, part: Part) -> Iterator[tuple[int, dict[str, Any], list[Pixels]]]:
-        """Row, facts and each model's input (none for a fault) of every image, in order.
+    def _batch(self, waiting: list[Prepared], images: list[Facts]) -> Iterator[Batch]:
+        """One, unless it would be empty: what was made on the GPU comes first."""
+        jpegs = {row: inputs for row, inputs in waiting if isinstance(inputs, Jpeg)}
+        by_pillow = {row: inputs for row, inputs in waiting if not isinstance(inputs, Jpeg)}
+        forms = (self._semantic.form, self._copy.form)
+        batches = [Batch(*made) for made in nvjpeg.inputs(jpegs, forms, self._device)]
+        made = {row for batch in batches for row in batch.rows}
+        for row in jpegs.keys() - made:
+            images[row], inputs = self._decode(images[row], jpegs[row].data)
+            if inputs:
+                by_pillow[row] = inputs
+        if by_pillow:
+            stacked = [np.stack(one) for one in zip(*by_pillow.values(), strict=True)]
+            batches.append(Batch(list(by_pillow), stacked))
+        if batches:
+            yield batches[0] if len(batches) == 1 else _joined(batches, self._device)
+
+    def _prepared(self, part: Part) -> Iterator[tuple[int, Facts, Inputs]]:
+        """Row, facts and inputs of every image, in order.
 
         While a GPU computes, threads decode the next two batches.
         """
@@ -146,7 +186,7 @@ class EmbedWorker:
                 yield row, *self._prepare(member, data)
             return
         with ThreadPoolExecutor(self._decode_threads) as pool:
-            coming: deque[tuple[int, Future[tuple[dict[str, Any], list[Pixels]]]]] = deque()
+            coming: deque[tuple[int, Future[tuple[Facts, Inputs]]]] = deque()
             for row, member, data in read:
                 coming.append((row, pool.submit(self._prepare, member, data)))
                 if len(coming) > 2 * self._cfg.batch:
@@ -155,80 +195,87 @@ class EmbedWorker:
             for row, future in coming:
                 yield row, *future.result()
 
-    def _prepare(
-        self, member: dict[str, Any], data: bytes | str
-    ) -> tuple[dict[str, Any], list[Pixels]]:
-        found, decoded = self._examine(member, data)
-        if decoded is None:
-            return found, []
-        models = (self._semantic, self._copy, self._filter)
-        return found, [model.prepare(decoded.pixels) for model in models if model]
-
-    def _examine(
-        self, member: dict[str, Any], data: bytes | str
-    ) -> tuple[dict[str, Any], Decoded | None]:
-        """The image's row, and its pixels unless it has a fault. `data` may be the fault itself."""
-        row = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
-        row |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
-        row |= {"unsafe": None, "phash": None}
+    def _prepare(self, member: dict[str, Any], data: bytes | str) -> tuple[Facts, Inputs]:
+        """`data` may be the fault itself."""
+        facts: Facts = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
+        facts |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
+        facts |= {"unsafe": None, "phash": None}
         if isinstance(data, str):
-            return {**row, "fault": data}, None
-        row |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
+            return facts | {"fault": data}, []
+        facts |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
+        if self._cfg.decoder == "pillow":
+            return self._decode(facts, data)
+        try:
+            image = examine(data, self._cfg.limits)
+        except BadImage as error:
+            return facts | {"fault": str(error)}, []
+        if not nvjpeg.eligible(image, data):
+            return self._decode(facts, data)
+        facts |= {"ext": extension(image), "width": image.width, "height": image.height}
+        return facts, Jpeg(data, image.width * image.height)
+
+    def _decode(self, facts: Facts, data: bytes) -> tuple[Facts, list[Pixels]]:
+        """By Pillow: the facts completed, and each model's input unless the image has a fault."""
         try:
             decoded = decode(data, self._cfg.limits)
         except BadImage as error:
-            return {**row, "fault": str(error)}, None
+            fault = {"ext": None, "width": None, "height": None, "fault": str(error)}
+            return facts | fault, []
+        found: Facts = {"ext": decoded.ext, "width": decoded.width, "height": decoded.height}
         if self._cfg.phash_bits is not None:
-            row["phash"] = phash(decoded.pixels)
-        return row | {
-            "ext": decoded.ext,
-            "width": decoded.width,
-            "height": decoded.height,
-        }, decoded
+            found["phash"] = phash(decoded.pixels)
+        models = (self._semantic, self._copy, self._filter)
+        return facts | found, [model.prepare(decoded.pixels) for model in models if model]
 
-    def _start(self, batch: list[Prepared]) -> Started:
+    def _start(self, batch: Batch) -> list[Callable[[], Vectors]]:
         """Gives a batch to both models."""
-        rows = []
-        for which, model in enumerate((self._semantic, self._copy)):
-            rows.append(model.start(np.stack([inputs[which] for _, inputs in batch])))
-        return batch, rows
+        models = (self._semantic, self._copy)
+        return [model.start(batch.inputs[which]) for which, model in enumerate(models)]
 
     def _finish(
         self,
         started: Started,
-        images: list[dict[str, Any]],
+        images: list[Facts],
         writer: pq.ParquetWriter,
         schema: pa.Schema,
     ) -> None:
         """Streams the vectors of a batch; rows that aren't finite become a fault."""
-        batch = started[0]
-        columns = [rows().astype(np.float16) for rows in started[1]]
+        batch, waiting = started
+        columns = [rows().astype(np.float16) for rows in waiting]
         # A row is unit-norm unless the network gave zeros, infinities or NaN (whose norm is NaN).
         norms = [np.linalg.norm(rows.astype(np.float32), axis=1) for rows in columns]
         good = (np.abs(norms[0] - 1) < 0.01) & (np.abs(norms[1] - 1) < 0.01)
-        for row, _ in (pair for pair, fine in zip(batch, good, strict=True) if not fine):
+        numbers = np.array(batch.rows, np.int32)
+        for row in numbers[~good]:
             images[row]["fault"] = "no_vector a model gave zeros or no finite numbers"
         if self._filter is not None:
             good &= self._judge(self._filter, batch, images)
-        numbers = np.array([row for row, _ in batch], np.int32)[good]
-        arrays = [pa.array(numbers)]
+        kept = np.flatnonzero(good)
+        kept = kept[np.argsort(numbers[kept])]
+        arrays = [pa.array(numbers[kept])]
         for rows, name in zip(columns, ("semantic", "copy"), strict=True):
-            arrays.append(_pack(rows[good], schema.field(name).type))
+            arrays.append(_pack(rows[kept], schema.field(name).type))
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
     def _judge(
-        self, judge: SafetyFilter, batch: list[Prepared], images: list[dict[str, Any]]
+        self, judge: SafetyFilter, batch: Batch, images: list[Facts]
     ) -> npt.NDArray[np.bool_]:
         """Notes the scores; False for images that are dropped, among them those without one."""
-        scores = judge(np.stack([inputs[2] for _, inputs in batch]))
+        scores = judge(np.asarray(batch.inputs[2]))
         safe = scores < judge.cfg.threshold  # NaN is not
-        for (row, _), score, fine in zip(batch, scores.tolist(), safe, strict=True):
+        for row, score, fine in zip(batch.rows, scores.tolist(), safe, strict=True):
             images[row]["unsafe"] = score
             if judge.cfg.mode == "drop" and not fine:
                 images[row]["fault"] = (
                     f"unsafe score {score:.3f}, must be below {judge.cfg.threshold}"
                 )
         return safe | (judge.cfg.mode != "drop")
+
+
+def _joined(batches: list[Batch], device: torch.device) -> Batch:
+    rows = [row for batch in batches for row in batch.rows]
+    there = [[torch.as_tensor(one, device=device) for one in batch.inputs] for batch in batches]
+    return Batch(rows, [torch.cat(of_model) for of_model in zip(*there, strict=True)])
 
 
 def _pack(rows: npt.NDArray[np.float16], kind: pa.DataType) -> pa.Array:
