@@ -95,9 +95,8 @@ def test_inputs_are_pillows_but_for_rounding(size: tuple[int, int]) -> None:
     for which, form in enumerate(FORMS):
         wanted = np.stack([form.prepare(decode(data, LIMITS).pixels) for data in files])
         assert found[which].dtype == np.uint8
-        off = np.abs(found[which].astype(int) - wanted)
-        assert off.mean() < 0.5
-        assert off.max() <= 8
+        off = np.abs(found[which].astype(int) - wanted)  # of one pixel's shift: 0.7 to 2 on average
+        assert off.mean() < (0.3 if DEVICE.type == "cpu" else 1)
 
 
 def test_what_cannot_be_decoded_costs_no_other_and_pixels_at_a_time_are_bounded(
