@@ -102,8 +102,8 @@ class Encoder(Model):
 
     `fp16` is for GPUs without bf16 (V100, T4). `compile`, on GPUs: the model's steps are put
     together into kernels of its own, which every worker makes at its start. `decoder: nvjpeg`: an
-    NVIDIA GPU decodes and resizes the JPEGs as well, several times faster than `pillow` on its
-    cores; vectors differ a little (mean cosine .9997).
+    NVIDIA GPU decodes and resizes the JPEGs as well, faster than `pillow` in a worker's threads;
+    vectors differ a little (mean cosine .9997).
     """
 
     model: str = "vit_base_patch16_224.augreg_in21k"

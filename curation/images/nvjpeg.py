@@ -52,20 +52,22 @@ def eligible(image: Image.Image, data: bytes) -> bool:
         and image.mode in ("L", "RGB")
         and image.info.get("adobe_transform", 1) == 1
         and [layer[0] for layer in image.layer] != RGB_IDS  # type: ignore[attr-defined]
-        and _frame(data) in (BASELINE, PROGRESSIVE)
+        and _frame(data) in [(kind, *image.size) for kind in (BASELINE, PROGRESSIVE)]
         and data[-TAIL:].rstrip(PADDING).endswith(b"\xff\xd9")
         and turn(image) is None
     )
 
 
-def _frame(data: bytes) -> int:
-    """The marker of its frame; 0 where anything but segments comes before."""
+def _frame(data: bytes) -> tuple[int, int, int] | None:
+    """Marker, width and height of the first frame, whose size is Pillow's unless a second one
+    hides it from the limits. None where anything but segments comes before."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         if data[at + 1] in FRAMES:
-            return data[at + 1]
+            height, width = (int.from_bytes(data[at + n : at + n + 2], "big") for n in (5, 7))
+            return data[at + 1], width, height
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return 0
+    return None
 
 
 def inputs(

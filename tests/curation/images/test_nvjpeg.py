@@ -40,6 +40,7 @@ def png() -> bytes:
 
 PLAIN = jpeg(picture(1))
 FRAME = PLAIN.index(b"\xff\xc0")
+HUGE = PLAIN[FRAME : FRAME + 5] + b"\xff" * 4 + PLAIN[FRAME + 9 : FRAME + 19]
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,7 @@ FRAME = PLAIN.index(b"\xff\xc0")
         pytest.param(PLAIN + bytes(1000), False, id="much-padded"),
         pytest.param(PLAIN[:2] + b"\xff" + PLAIN[2:], False, id="filled-header"),
         pytest.param(PLAIN.replace(b"\xff\xc0", b"\xff\xc9", 1), False, id="arithmetic"),
+        pytest.param(PLAIN[:FRAME] + HUGE + PLAIN[FRAME:], False, id="two-frames"),
         pytest.param(png(), False, id="png"),
     ],
 )
