@@ -41,7 +41,7 @@ from curation.recipe import Recipe
 from curation.runtime.events import Events
 from curation.runtime.executor import one_thread
 from curation.runtime.store import open_store
-from curation.stages.embed import EmbedConfig, EmbedWorker
+from curation.stages.embed_worker import EmbedConfig, EmbedWorker
 from curation.stages.tables import Part, read_parts
 
 MODEL, TINY = "vit_small_patch16_224", "deit_tiny_patch16_224"

@@ -14,7 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,14 @@ import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2 import functional
 
 from benchmarks.embed import LIMITS, pack, recipe_of, same
 from benchmarks.gpu_search import device_seconds, matmul
 from benchmarks.measuring import machine, say, table, target, timed
 from curation import pipeline
 from curation.algorithms import gpu
-from curation.images.decode import decode
+from curation.images import nvjpeg
+from curation.images.decode import decode, examine
 from curation.images.effort import semantic_effort
 from curation.images.encoders import (
     DEMO_MODEL,
@@ -40,12 +40,14 @@ from curation.images.encoders import (
     IMAGENET_STD,
     InputFormat,
     VectorModel,
+    load_copy_descriptor,
     load_semantic,
 )
+from curation.images.nvjpeg import Jpeg
 from curation.runtime.events import Events
 from curation.runtime.executor import InProcessExecutor
 from curation.runtime.store import open_store
-from curation.stages.embed import GPU_DECODE_THREADS, EmbedWorker
+from curation.stages.embed_worker import GPU_DECODE_THREADS, EmbedWorker
 from curation.stages.tables import read_parts
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "V100": 125e12}  # dense fp16 and bf16
@@ -133,47 +135,64 @@ def models(seconds: float) -> int:
     return target(f"MFU {best:.1%}, of {LEAST_MFU:.0%}", best >= LEAST_MFU)
 
 
-def by_nvjpeg(files: list[torch.Tensor], model: VectorModel) -> Any:
-    """Inputs (n, 3, S, S) of JPEGs, decoded, resized and cropped on the GPU."""
-    short, size = model.form.short_side, model.form.size
+def plain_jpegs(images: list[Path]) -> dict[int, Jpeg]:
+    """Those that nvJPEG may decode."""
     found = []
-    for pixels in decode_jpeg(files, mode=ImageReadMode.RGB, device=str(model.device)):
-        resized = functional.resize(pixels, [short], functional.InterpolationMode.BICUBIC)
-        found.append(functional.center_crop(resized, [size]))
-    return torch.stack(found)
+    for data in (path.read_bytes() for path in images):
+        image = examine(data, LIMITS)
+        if nvjpeg.eligible(image, data):
+            found.append(Jpeg(data, image.width * image.height))
+    return dict(enumerate(found))
 
 
 def decoding(images: list[Path]) -> int:
-    """Prints how fast images are decoded and prepared, and what nvJPEG changes in features."""
-    model = load_semantic(DEMO_MODEL, None, "fp32")
-    data = [path.read_bytes() for path in images if path.suffix == ".jpg"]
+    """Prints how fast both models' inputs are made, and what nvJPEG changes in features."""
+    models = {
+        "semantic": load_semantic(DEMO_MODEL, None, "fp32"),
+        "copy": load_copy_descriptor(None),
+    }
+    forms, device = [model.form for model in models.values()], models["semantic"].device
+    jpegs = plain_jpegs(images)
+    files = [jpeg.data for jpeg in jpegs.values()]
 
-    def prepare(one: bytes) -> Any:
-        return model.prepare(decode(one, LIMITS).pixels)
+    def by_pillow(data: bytes) -> list[Any]:
+        pixels = decode(data, LIMITS).pixels
+        return [form.prepare(pixels) for form in forms]
 
-    prepare(data[0])
-    lines = []
-    for threads in (1, 4, 8, 16):
-        some = data[: 64 * threads]
+    def check(data: bytes) -> tuple[bytes, bool]:
+        return sha256(data).digest(), nvjpeg.eligible(examine(data, LIMITS), data)
+
+    def by_threads(work: Callable[[bytes], Any], threads: int, some: list[bytes]) -> float:
         with ThreadPoolExecutor(threads) as pool:
-            seconds, _ = timed(lambda some=some, pool=pool: list(pool.map(prepare, some)))
-        lines.append([f"PIL, {threads} threads", f"{len(some) / seconds:,.0f}"])
-    files = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in data]
-    by_nvjpeg(files[:8], model)
-    seconds = device_seconds(lambda: by_nvjpeg(files, model))
-    lines.append(["nvJPEG, resized on the GPU", f"{len(files) / seconds:,.0f}"])
-    table(["decoding and preparing", "images/s"], lines)
-    exact = model(np.stack([prepare(one) for one in data]))
-    found = model(by_nvjpeg(files, model).cpu().numpy())
-    cosine = (exact * found).sum(axis=1)
-    stays = same(exact, found)
-    print(f"Features of {len(data)} images by nvJPEG and exactly: mean cosine {cosine.mean():.5f},")
-    print(f"lowest {cosine.min():.4f}; {stays[0]} of first neighbours stay, {stays[1]} of four.\n")
+            return len(some) / timed(lambda: list(pool.map(work, some)))[0]
+
+    by_pillow(files[0])
+    lines = []
+    for threads in (1, 4, GPU_DECODE_THREADS, 16):
+        rate = by_threads(by_pillow, threads, files[: 64 * threads])
+        lines.append([f"Pillow, {threads} threads", f"{rate:,.0f}"])
+    rate = by_threads(check, GPU_DECODE_THREADS, files)
+    lines.append([f"hashed and checked for nvJPEG, {GPU_DECODE_THREADS} threads", f"{rate:,.0f}"])
+    list(nvjpeg.inputs(dict(islice(jpegs.items(), 8)), forms, device))
+    seconds = device_seconds(lambda: list(nvjpeg.inputs(jpegs, forms, device)))
+    lines.append(["nvJPEG, resized on the GPU", f"{len(jpegs) / seconds:,.0f}"])
+    table(["inputs of both models", "images/s"], lines)
+    made = list(nvjpeg.inputs(jpegs, forms, device))
+    with ThreadPoolExecutor(16) as pool:
+        inputs = list(pool.map(by_pillow, (files[key] for keys, _ in made for key in keys)))
+    print(f"{len(inputs)} of {len(jpegs)} JPEGs were decoded by nvJPEG. Features beside Pillow's:")
+    for which, (name, model) in enumerate(models.items()):
+        exact = model(np.stack([one[which] for one in inputs]))
+        found = np.concatenate([model(chunk[which]) for _, chunk in made])
+        cosine, stays = (exact * found).sum(axis=1), same(exact, found)
+        print(f"{name}: mean cosine {cosine.mean():.5f}, lowest {cosine.min():.4f};", end=" ")
+        print(f"{stays[0]} of first neighbours stay, {stays[1]} of four.")
+    print()
     return 0
 
 
 def whole(images: list[Path]) -> int:
-    """Prints images a second of `embed`'s worker from tars to vectors."""
+    """Prints images a second of `embed`'s worker from tars to vectors, by both decoders."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "images").mkdir()
@@ -190,13 +209,17 @@ def whole(images: list[Path]) -> int:
         recipe = recipe.model_copy(update={"encoder": encoder, "resources": resources})
         store = open_store(recipe.output)
         pipeline.run(recipe, store, lambda _: InProcessExecutor(), Events(store), "ingest")
-        worker, parts = EmbedWorker(pipeline.embed_config(recipe), recipe.output), read_parts(store)
+        cfg, parts = pipeline.embed_config(recipe), read_parts(store)
         parts = [part for part in parts if part.rows == PART]
-        worker(parts[0])
-        seconds, _ = timed(lambda: [worker(part) for part in parts[1:]])
-    rate = PART * (len(parts) - 1) / seconds
-    what = f"{BASE} in bf16 and the built-in copy descriptor, {GPU_DECODE_THREADS} threads decode"
-    print(f"One worker from tars to vectors, {what}: {rate:,.0f} images/s.\n")
+        lines = []
+        for decoder in ("pillow", "nvjpeg"):
+            worker = EmbedWorker(replace(cfg, decoder=decoder), recipe.output)
+            worker(parts[0])
+            seconds, _ = timed(lambda worker=worker: [worker(part) for part in parts[1:]])
+            lines.append([decoder, f"{PART * (len(parts) - 1) / seconds:,.0f}"])
+    print(f"One worker from tars to vectors, {BASE} in bf16 and the built-in copy descriptor,")
+    print(f"{GPU_DECODE_THREADS} threads:\n")
+    table(["decoder", "images/s"], lines)
     return 0
 
 

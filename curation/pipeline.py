@@ -33,6 +33,7 @@ from curation.stages import (
     cluster_tables,
     dedup,
     embed,
+    embed_worker,
     fetch,
     ingest,
     lineage,
@@ -201,7 +202,7 @@ def ingest_config(recipe: Recipe) -> ingest.IngestConfig:
     return ingest.IngestConfig(tuple(specs), recipe.resources.part_images, fetching)
 
 
-def embed_config(recipe: Recipe) -> embed.EmbedConfig:
+def embed_config(recipe: Recipe) -> embed_worker.EmbedConfig:
     """Models and limits, with the identity of the weights' content settled."""
     r = recipe
     weights = "builtin" if r.encoder.model == DEMO_MODEL else r.encoder.weights
@@ -209,11 +210,12 @@ def embed_config(recipe: Recipe) -> embed.EmbedConfig:
         _weights_version("encoder.weights", weights, "semantic", r.encoder.model),
         _weights_version("copy_descriptor.weights", r.copy_descriptor.weights, "copy", ""),
     ]
-    return embed.EmbedConfig(
+    return embed_worker.EmbedConfig(
         model=r.encoder.model,
         weights=weights,
         precision=r.encoder.precision,
         compile=r.encoder.compile,
+        decoder=r.encoder.decoder,
         batch=r.encoder.batch,
         copy_weights=r.copy_descriptor.weights,
         weights_version=" ".join(versions),

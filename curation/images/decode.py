@@ -80,6 +80,21 @@ class Decoded:
 
 def decode(data: bytes, limits: Limits) -> Decoded:
     """Decodes the first frame to upright 8-bit RGB. Raises BadImage with a reason."""
+    image = examine(data, limits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image.load()
+            rgb = _to_rgb(_upright(image))
+        except MemoryError:
+            raise BadImage("too_large not enough memory to decode it") from None
+        except Exception as error:  # Pillow's decoders raise many types on hostile bytes
+            raise _bad(error, data) from None
+    return Decoded(rgb, extension(image), rgb.width, rgb.height)
+
+
+def examine(data: bytes, limits: Limits) -> Image.Image:
+    """A file that keeps the limits, opened but not decoded. Raises BadImage with a reason."""
     if not data:
         raise BadImage("empty_file")
     if len(data) > limits.max_bytes:
@@ -91,14 +106,12 @@ def decode(data: bytes, limits: Limits) -> Decoded:
         image = _open(data)
         _check_size(image.size, limits)
         _check_tiles(image, limits)
-        try:
-            image.load()
-            rgb = _to_rgb(_upright(image))
-        except MemoryError:
-            raise BadImage("too_large not enough memory to decode it") from None
-        except Exception as error:  # Pillow's decoders raise many types on hostile bytes
-            raise _bad(error, data) from None
-    return Decoded(rgb, EXTENSIONS[image.format or "JPEG"], rgb.width, rgb.height)
+    return image
+
+
+def extension(image: Image.Image) -> str:
+    """Of an opened image's real format."""
+    return EXTENSIONS[image.format or "JPEG"]
 
 
 def extension_of(head: bytes) -> str | None:
@@ -145,13 +158,17 @@ def _check_tiles(image: Image.Image, limits: Limits) -> None:
             raise BadImage(f"too_many_pixels tiles of {sides[0]}x{sides[1]}")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; EXIF that can't be read is no reason to lose the image."""
+def turn(image: Image.Image) -> Image.Transpose | None:
+    """What its EXIF asks for; EXIF that can't be read is no reason to lose the image."""
     try:
-        turn = UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
+        return UPRIGHT.get(image.getexif().get(ORIENTATION, 1))
     except Exception:  # Pillow's EXIF parser raises many types on damaged bytes
-        turn = None
-    return image if turn is None else image.transpose(turn)
+        return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    needed = turn(image)
+    return image if needed is None else image.transpose(needed)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -52,19 +52,23 @@ class InputFormat:
     std: tuple[float, float, float]
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """An RGB image as (3, size, size) uint8: bicubic, then a centre crop.
+        """An RGB image as (3, size, size) uint8: bicubic, then a centre crop."""
+        size, (left, top) = self.place(image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+        if size != (self.size, self.size):
+            image = image.crop((left, top, left + self.size, top + self.size))
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+    def place(self, size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Width and height that an image is resized to, and the crop's left and top in that.
 
         Rounds as torchvision's Resize and CenterCrop do: one pixel changes which images are near.
         """
         if self.short_side is None:
-            image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        else:
-            short = min(image.size)
-            width, height = (self.short_side * side // short for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-            image = image.crop((left, top, left + self.size, top + self.size))
-        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+            return (self.size, self.size), (0, 0)
+        short = min(size)
+        width, height = (self.short_side * side // short for side in size)
+        return (width, height), (round((width - self.size) / 2), round((height - self.size) / 2))
 
 
 class VectorModel:
@@ -94,17 +98,21 @@ class VectorModel:
     def prepare(self, image: Image.Image) -> Pixels:
         return self.form.prepare(image)
 
-    def __call__(self, batch: Pixels) -> Vectors:
+    def __call__(self, batch: Pixels | Tensor) -> Vectors:
         """(B, 3, S, S) uint8 -> (B, D) fp32 unit rows; a row that isn't finite comes as NaN."""
         return self.start(batch)()
 
     @torch.inference_mode()
-    def start(self, batch: Pixels) -> Callable[[], Vectors]:
-        """Begins what a call does; what is returned waits for the rows. A GPU goes on meanwhile."""
-        pixels, count = torch.from_numpy(batch), len(batch)
+    def start(self, batch: Pixels | Tensor) -> Callable[[], Vectors]:
+        """Begins what a call does; what is returned waits for the rows. A GPU goes on meanwhile.
+
+        A tensor is on the model's device already.
+        """
+        pixels, count = torch.as_tensor(batch), len(batch)
         if count < self._full:  # else the network would be compiled for this number as well
             pixels = torch.cat([pixels, pixels.new_zeros(self._full - count, *pixels.shape[1:])])
-        if self.device.type == "cuda":  # pinned, the copy runs beside what the GPU still computes
+        if self.device.type != pixels.device.type:
+            # pinned, the copy runs beside what the GPU still computes
             pixels = pixels.pin_memory().to(self.device, non_blocking=True)
         features = self.net(((pixels - self._mean) / self._std).to(self.dtype)).float()
         rows = normalize(features[:count], dim=1, eps=1e-12)

@@ -13,7 +13,7 @@ from curation.planning.constants import Constants, Gpu
 from curation.planning.job import Job, Step
 from curation.planning.stages import stage_steps
 from curation.recipe import Recipe, RecipeError
-from curation.stages.embed import GPU_DECODE_THREADS
+from curation.stages.embed_worker import GPU_DECODE_THREADS
 
 HOUR = 3600
 ONE_NODE = ("driver", "node")

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from curation.runtime.events import Events, Progress
 from curation.runtime.store import DISK_FULL, StoreError
 
+FATAL = (DISK_FULL, "EncoderError: ")  # these would fail the other parts as well
 Counts = dict[str, Any]
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -166,7 +167,7 @@ def map_parts(work: Work, executor: Executor, events: Events) -> MapResult:
         for outcome in executor.map(work.make_worker, [i.payload for i in todo], work.gpu):
             item = todo[outcome.item]
             if outcome.counts is None:
-                if DISK_FULL in outcome.error:  # it would fail the other parts as well
+                if any(text in outcome.error for text in FATAL):
                     raise StoreError(outcome.error)
                 result.failed[item.name] = outcome.error
                 progress.fail(item.name, item.images, outcome.error)

@@ -59,6 +59,17 @@ def read(text: str, *overrides: str) -> Recipe:
         (recipe(images=3), "images: must be a mapping of min_side, max_pixels, max_bytes, max_asp"),
         (recipe(encoder={"precision": "fp64"}), "encoder.precision: must be 'fp32', 'bf16' or 'f"),
         (recipe(encoder={"compile": "often"}), "encoder.compile: must be a valid boolean, unable"),
+        (recipe(encoder={"decoder": "gpu"}), "encoder.decoder: must be 'pillow' or 'nvjpeg', got"),
+        (
+            recipe(encoder={"decoder": "nvjpeg"}, safety={"phash": {}}),
+            "safety: phash can't be had with encoder.decoder: nvjpeg; write `pillow` there, or "
+            "leave it out",
+        ),
+        (
+            recipe(encoder={"decoder": "nvjpeg"}, safety={"phash": {}, "filter": {"weights": "x"}}),
+            "safety: filter and phash can't be had with encoder.decoder: nvjpeg; write `pillow` "
+            "there, or leave them out",
+        ),
         (recipe(dedup={"min_cosine": 2}), "dedup.min_cosine: must be less than or equal to 1, got"),
         (recipe(failures={"max_share": -0.1}), "failures.max_share: must be greater than or equal"),
         (recipe(sources=3), "sources: must be a mapping of pool, curated, holdout, got 3"),

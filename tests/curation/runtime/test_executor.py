@@ -1,11 +1,13 @@
 """Work over parts in this process: what is passed over, what fails alone, what stops all."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from curation.images.errors import EncoderError
 from curation.runtime.events import Events, Progress
 from curation.runtime.executor import (
     InProcessExecutor,
@@ -77,6 +79,15 @@ def test_a_check_stops_the_work(events: Events) -> None:
     with pytest.raises(StoreError, match="too many"):
         map_parts(work(range(2, 12), check=check), InProcessExecutor(), events)
     assert seen == [{"corrupt": 2}, {"corrupt": 6}]
+
+
+def test_a_model_that_cannot_be_used_stops_the_work(events: Events) -> None:
+    def fail(item: int) -> dict[str, Any]:
+        raise EncoderError(f"encoder.decoder: no GPU for part {item}")
+
+    given = replace(work(range(2, 9)), make_worker=lambda: fail)
+    with pytest.raises(StoreError, match=r"^EncoderError: encoder.decoder: no GPU for part 2$"):
+        map_parts(given, InProcessExecutor(), events)
 
 
 def test_the_status_counts_images(tmp_path: Path, events: Events) -> None:
