@@ -93,6 +93,7 @@ class VectorModel:
         self.dim = self(np.zeros((1, 3, form.size, form.size), np.uint8)).shape[1]
         if full and self.device.type in COMPILED_ON:
             self._full = full
+            suit_gpu(self.net, self.dtype)
             self.net.compile(dynamic=False)
 
     def prepare(self, image: Image.Image) -> Pixels:
@@ -150,6 +151,34 @@ def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
         if dtype == torch.bfloat16 and hasattr(module, "fused_attn"):
             # timm's: torch's own kernel takes twice as long in bf16
             module.fused_attn = False  # type: ignore[assignment]
+
+
+class FusedMlp(nn.Module):
+    """A block's two layers; the product of the first passes its results through GELU by itself,
+    which saves reading and writing the largest numbers of a block. On a GPU that is GELU by tanh
+    (arXiv 1606.08415, section 2), up to 5e-4 from the exact one."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, D)."""
+        first, rows = self.fc1, x.reshape(-1, x.shape[-1])
+        hidden = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
+        whole: Tensor = self.fc2(hidden)
+        return whole.view(x.shape)
+
+
+def suit_gpu(net: nn.Module, dtype: torch.dtype) -> None:
+    """Puts, in place, a `FusedMlp` where a block of timm's has a plain one, in half precision."""
+    from timm.layers.mlp import Mlp  # not at the top: see `load_semantic`
+
+    for module in net.modules():
+        for name, part in [*module.named_children()] if dtype != torch.float32 else ():
+            mlp: Any = part if type(part) is Mlp else None
+            if mlp and type(mlp.act) is nn.GELU and isinstance(mlp.norm, nn.Identity):
+                setattr(module, name, FusedMlp(mlp.fc1, mlp.fc2))
 
 
 def _bf16_by_onednn() -> bool:
