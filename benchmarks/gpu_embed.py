@@ -95,6 +95,7 @@ def ahead(started: Iterable[Callable[[], Any]]) -> None:
 
 def make(kind: Kind, batch: int) -> VectorModel:
     """With the same random weights whatever the precision."""
+    torch.compiler.reset()  # it compiles a class for some models only
     torch.manual_seed(0)
     with torch.device("cuda"):
         net = timm.create_model(kind.model, num_classes=0)
@@ -109,8 +110,8 @@ def measure(kind: Kind, batch: int) -> tuple[float, float, float, float]:
     ready = timed(model, pixels)[0]
     cosine = float((model(pixels) * exact).sum(axis=1).mean())
     whole = timed(ahead, (model.start(pixels) for _ in range(BATCHES)))[0]
-    here = torch.randn(batch, 3, 224, 224, device=model.device).to(DTYPES[kind.precision])
     with torch.inference_mode():
+        here = torch.randn(batch, 3, 224, 224, device=model.device).to(DTYPES[kind.precision])
         model.net(here)
         alone = device_seconds(lambda: [model.net(here) for _ in range(BATCHES)])
     return ready, batch * BATCHES / whole, batch * BATCHES / alone, cosine

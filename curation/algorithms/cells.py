@@ -19,7 +19,7 @@ from curation.algorithms.tiles import each_tile
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
 SAMPLE_PER_CELL = 64
 LEAST = 4  # cells that any row asks in
-NEAR_SHARE = 0.6  # of the score with its nearest cell: with a margin, what others score it asks in
+NEAR_SHARE = 0.85  # of the score with its nearest cell: about what others score that a row asks in
 LEAF, POWER_STEPS = 8, 4  # of the bisection
 
 

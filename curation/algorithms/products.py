@@ -111,7 +111,9 @@ def multiplied(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         return here
     # torch gets products of single int8 wrong
     if left.dtype == torch.int8 and (left.shape[1] == 1 or not multiplies_bytes()):
-        return torch.mm(left.float(), right.float().T).to(torch.int32)  # exact below 2^24
+        sums = buffer("sums", (len(left), len(right)), torch.float32)
+        torch.mm(left.float(), right.float().T, out=sums)  # exact below 2^24
+        return buffer("scores", (len(left), len(right)), torch.int32).copy_(sums)
     kind = torch.int32 if left.dtype == torch.int8 else left.dtype
     out = buffer("scores", (len(left), len(right)), kind)
     multiply: Any = torch._int_mm if left.dtype == torch.int8 else torch.mm
