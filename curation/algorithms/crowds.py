@@ -52,9 +52,7 @@ def _look(rows: Floats, members: Ints, least: int, alike: np.float32, stays: Boo
     """Takes the followers of some evenly spaced members of a cell (m,) out of `stays` (n,)."""
     for turn in range(min(LEADERS, members.size)):
         leader = members[turn * members.size // LEADERS]
-        if not stays[leader]:
-            continue
-        if not _has_alike(rows, members, leader, alike):
+        if not stays[leader] or not _has_alike(rows, members, leader, alike):
             continue
         followers = [leader]
         for member in members:

@@ -92,7 +92,7 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     cells = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
-    wanted = min(SAMPLE_QUERIES << what.itself, len(telling))
+    wanted = min(SAMPLE_QUERIES * (2 if what.itself else 1), len(telling))
     sampled = np.sort(rng.choice(telling, wanted, replace=False))
     sample = Rows(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     held = Rows(rows, distinct)

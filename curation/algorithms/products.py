@@ -1,4 +1,4 @@
-"""Blocks of products, and what is asked of them: what k-means and the kNN join are made of."""
+"""Blocks of products, and what k-means asks of them; searches have `ranking` and `coarse`."""
 
 from typing import Any
 
@@ -66,12 +66,9 @@ class Products:
 
     def top(self, rows: Floats, count: int) -> tuple[Floats, Ids]:
         """The min(count, m) largest scores of rows (n, D), falling, and their columns: (n, t)."""
-        count, scores = min(count, self._count), self._scores(rows)
-        if count <= scans.RANKED:
-            best, at = scans.top(scans.keys(scores), self._count, count)
-            return scans.scores_of(best), at
-        largest, places = scores[:, : self._count].float().topk(count, dim=1)
-        return largest.numpy(force=True), places.to(torch.int32).numpy(force=True)
+        found = scans.keys(self._scores(rows))
+        best, at = scans.top(found, self._count, min(count, self._count))
+        return scans.scores_of(best), at
 
     def reaching(self, rows: Floats, floors: Floats) -> tuple[Ids, Ids]:
         """Positions of row and column (p,) of the scores that reach a floor of their row (n,)."""

@@ -5,8 +5,7 @@ turned round, which compare as the scores do. Of bf16 one instruction compares 3
 fp32 is needed.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -21,7 +20,6 @@ Ints = npt.NDArray[np.int64]
 # Scores whose largest is looked at before any of them, in short rows and in long ones.
 CHUNKS = 32, 128
 LONG = 1024
-RANKED = 128  # so many of the largest are ranked here by counting; more are sorted
 # Rows are folded to so many lanes, each the largest of every LANES-th score, if few are asked for.
 LANES, FEW = 128, 32
 COLUMN_BITS = 32
@@ -65,8 +63,7 @@ def top(found: Keys, columns: int, count: int) -> tuple[Keys, Ids]:
     return best, at
 
 
-@dataclass(frozen=True)
-class Within:
+class Within(NamedTuple):
     """Columns that score at least `share` of a row's largest score less `margin`: of each row the
     `least` best whatever they score, and `most` at most."""
 
@@ -80,10 +77,8 @@ def near(found: Keys, columns: int, unit: Floats, within: Within) -> Ids:
     """The columns (n, within.most), of the first `columns`, that score as `within` asks, the best
     first; NONE after them. Scores are whole numbers of a `unit` (n,)."""
     at = np.empty((len(found), within.most), np.int32)
-    best = np.empty(within.most, found.dtype)
-    share, margin, least = np.float32(within.share), np.float32(within.margin), within.least
-    width = _lanes(columns, least)
-    _near(found, columns, width, unit, share, margin, min(least, columns), best, at)
+    lanes = np.empty(_lanes(columns, within.least), found.dtype)
+    _near(found, columns, unit, within, lanes, at)
     return at
 
 
@@ -219,15 +214,14 @@ def _top(found: Keys, columns: int, width: int, best: Keys, at: Ids) -> None:
 def _near(
     found: Keys,
     columns: int,
-    width: int,
     unit: Floats,
-    share: np.float32,
-    margin: np.float32,
-    least: int,
-    best: Keys,
+    within: Within,
+    lanes: Keys,
     at: Ids,
 ) -> None:
-    lanes = np.empty(width, found.dtype)
+    share, margin = np.float32(within.share), np.float32(within.margin)
+    least, width = min(within.least, columns), lanes.size
+    best = np.empty(within.most, found.dtype)
     for i in range(found.shape[0]):
         row, filled = found[i], 0
         _fold(row, columns, lanes)
