@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--sample", type=int, default=3000)
     parser.add_argument("--lists", type=int, nargs="+", default=[4096, 2048])
-    parser.add_argument("--target-recall", type=float, default=0.996, help="of ours")
+    parser.add_argument("--target-recall", type=float, default=0.995, help="of ours")
     options = parser.parse_args(arguments)
     print(f"{machine()}\n", flush=True)
     rows = vectors.make(options.rows, vectors.COPIES)

@@ -10,9 +10,9 @@ import pyarrow as pa
 VERSIONS = {
     "ingest": 1,
     "embed": 3,
-    "dedup": 4,
+    "dedup": 5,
     "cluster": 2,
-    "retrieve": 4,
+    "retrieve": 5,
     "shards": 1,
     "lineage": 3,
     "report": 4,

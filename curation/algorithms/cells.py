@@ -11,29 +11,42 @@ import numpy as np
 from curation.algorithms import gpu
 from curation.algorithms.best import Neighbours
 from curation.algorithms.lloyd import BlockSweep, Clustering, Metric, lloyd
-from curation.algorithms.products import NONE, Floats, Ids, Ints, square_norms
+from curation.algorithms.products import NONE, Doubles, Floats, Ids, Ints, square_norms
 from curation.algorithms.ranking import Ranking
 from curation.algorithms.scans import Within
 from curation.algorithms.tiles import each_tile
 
 ROUNDS = ((32, 3), (64, 1))  # rows a cell on which centroids are moved, and iterations
 SAMPLE_PER_CELL = 64
-LEAST = 4  # cells that any row asks in
-NEAR_SHARE = 0.85  # of the score with its nearest cell: about what others score that a row asks in
+LEAST = 2  # cells that any row asks in
+NEAR_SHARE = 0.9  # of the score with its nearest cell: about what others score that a row asks in
+RISE = 0.05  # of the score that a cell must have, by the log of how many are nearer
 LEAF, POWER_STEPS = 8, 4  # of the bisection
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far rows ask: in all cells that score NEAR_SHARE of what their nearest one does, less
-    `margin`, in at least LEAST and at most `most`.
+    """How far rows ask: in cells that score NEAR_SHARE of what their nearest one does, less
+    `margin`, and RISE more by the log of their rank, in at least LEAST and at most `most`.
 
     A neighbour lies in a cell that scores less than the nearest one by a share, since neighbours
-    are alike to a degree, and by chance besides. Rows far from all cells so ask in most of them.
+    are alike to a degree, and by chance besides. Rows far from all cells so ask in most of them;
+    but the more are nearer, the less likely it is this one.
     """
 
     margin: float
     most: int
+
+    @property
+    def margins(self) -> Floats:
+        """By rank (most,)."""
+        return (self.margin - rises(np.arange(self.most))).astype(np.float32)
+
+
+def rises(rank: Ints) -> Doubles:
+    """How much more than the nearest cell's share those of some ranks (r,) must score: rounded, as
+    logs differ in their last bits between machines."""
+    return RISE * np.log1p(rank).round(4)
 
 
 @dataclass(frozen=True)
@@ -70,7 +83,7 @@ class Cells:
     def way(self, rows: Floats, reach: Reach) -> Ids:
         """The cells that rows (n, D) ask in, nearest first, then NONE: (n, reach.most)."""
         ranking, way = self._ranking(), np.full((len(rows), reach.most), NONE, np.int32)
-        within = Within(NEAR_SHARE, reach.margin, LEAST, reach.most)
+        within = Within(NEAR_SHARE, reach.margins, LEAST)
 
         def tile(start: int, stop: int) -> None:
             near = ranking.near(rows[start:stop], within)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curation.algorithms.products import NONE, Floats, Ints
 from curation.algorithms.ranking import BITS, TOO_LARGE
-from curation.algorithms.scans import Within
+from curation.algorithms.scans import MANY, Within
 
 HALF = 2.0**-11  # of a number: what fp16 rounds off
 ROUNDED = 1e-5  # of |row| |column|: what summing in fp32 does
@@ -124,11 +124,18 @@ class Columns:
     def near(self, rows: Floats, within: Within) -> Ints:
         """As `Ranking.near`, with no more columns than some row needs."""
         here, scores = self._scores(rows)
-        floors = within.share * _least_of_top(scores, 1) - within.margin
-        floors = torch.minimum(floors, _least_of_top(scores, min(within.least, len(self._exact))))
-        score, number = self._ranked(here, scores, floors, within.most)
-        lowest = np.float32(within.share) * score[:, :1] - np.float32(within.margin)
-        number[:, within.least :][score[:, within.least :] < lowest] = NONE
+        share_of_best, most = within.share * _least_of_top(scores, 1), len(within.margins)
+        floors = torch.full_like(share_of_best, -torch.inf)
+        for count in {
+            within.least,
+            max(within.least, MANY),
+        }:  # so many reach it, or all that follow
+            count = min(count, most, scores.shape[1])
+            others = share_of_best - float(within.margins[count - 1])
+            floors = floors.maximum(others.minimum(_least_of_top(scores, count)))
+        score, number = self._ranked(here, scores, floors, most)
+        lowest = np.float32(within.share) * score[:, :1] - within.margins[: score.shape[1]]
+        number[:, within.least :][(score < lowest)[:, within.least :]] = NONE
         return number
 
     def _scores(self, rows: Floats) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from curation.algorithms.best import Best, Neighbours
-from curation.algorithms.cells import LEAST, NEAR_SHARE, SAMPLE_PER_CELL, Cells, Reach
+from curation.algorithms.cells import LEAST, NEAR_SHARE, SAMPLE_PER_CELL, Cells, Reach, rises
 from curation.algorithms.crowds import ALIKE, without_crowds
 from curation.algorithms.equal import first_of_equal
 from curation.algorithms.products import NONE, Floats, Ints, check_finite
@@ -236,7 +236,8 @@ def _needed(cells: Cells, rows: Floats, row: Ints, target: Ints, most: int) -> F
     near = cells.nearest(rows, most)
     at = near.number[row] == target[:, None]
     place = at.argmax(axis=1)
-    needed: Floats = np.float32(NEAR_SHARE) * near.score[row, 0] - near.score[row, place]
+    share = np.float32(NEAR_SHARE) * near.score[row, 0]
+    needed: Floats = (share - near.score[row, place] + rises(place)).astype(np.float32)
     needed[place < LEAST] = -np.inf
     needed[~at.any(axis=1)] = np.inf
     return needed

@@ -38,7 +38,7 @@ class Ranking:
         return best.astype(np.float32) * unit[:, None], at
 
     def near(self, rows: Floats, within: scans.Within) -> Ids:
-        """The numbers (n, within.most) of columns that score as `within` asks, in the same order;
+        """The numbers (n, most) of columns that score as `within` asks, in the same order;
         NONE after them."""
         found, unit = self._scores(rows)
         return scans.near(found, self._count, unit, within)

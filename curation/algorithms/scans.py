@@ -22,6 +22,7 @@ CHUNKS = 32, 128
 LONG = 1024
 # Rows are folded to so many lanes, each the largest of every LANES-th score, if few are asked for.
 LANES, FEW = 128, 32
+MANY = 16  # columns that few rows have near to them: what so many reach, or score enough to follow
 COLUMN_BITS = 32
 COLUMN_MASK = (1 << COLUMN_BITS) - 1
 
@@ -64,20 +65,19 @@ def top(found: Keys, columns: int, count: int) -> tuple[Keys, Ids]:
 
 
 class Within(NamedTuple):
-    """Columns that score at least `share` of a row's largest score less `margin`: of each row the
-    `least` best whatever they score, and `most` at most."""
+    """The columns that are near to a row: its `least` best, and as many more as score at least
+    `share` of the best score, the i-th less margins[i] (most,), which don't rise."""
 
     share: float
-    margin: float
+    margins: Floats
     least: int
-    most: int
 
 
 def near(found: Keys, columns: int, unit: Floats, within: Within) -> Ids:
-    """The columns (n, within.most), of the first `columns`, that score as `within` asks, the best
-    first; NONE after them. Scores are whole numbers of a `unit` (n,)."""
-    at = np.empty((len(found), within.most), np.int32)
-    lanes = np.empty(_lanes(columns, within.least), found.dtype)
+    """The columns (n, most), of the first `columns`, that score as `within` asks, the best first;
+    NONE after them. Scores are whole numbers of a `unit` (n,)."""
+    at = np.empty((len(found), len(within.margins)), np.int32)
+    lanes = np.empty(_lanes(columns, max(within.least, MANY)), found.dtype)
     _near(found, columns, unit, within, lanes, at)
     return at
 
@@ -211,40 +211,50 @@ def _top(found: Keys, columns: int, width: int, best: Keys, at: Ids) -> None:
 
 
 @numba.njit(nogil=True, cache=True)
-def _near(
-    found: Keys,
-    columns: int,
-    unit: Floats,
-    within: Within,
-    lanes: Keys,
-    at: Ids,
-) -> None:
-    share, margin = np.float32(within.share), np.float32(within.margin)
-    least, width = min(within.least, columns), lanes.size
-    best = np.empty(within.most, found.dtype)
+def _near(found: Keys, columns: int, unit: Floats, within: Within, lanes: Keys, at: Ids) -> None:
+    share, margins, width = np.float32(within.share), within.margins, lanes.size
+    best = np.empty(margins.size, found.dtype)
+    least = min(within.least, columns, margins.size)
+    many = min(max(least, MANY), columns, margins.size)
     for i in range(found.shape[0]):
         row, filled = found[i], 0
         _fold(row, columns, lanes)
-        lowest = share * (np.float32(_peak(lanes, lanes[0])) * unit[i]) - margin
-        floor = min(np.int64(np.ceil(lowest / unit[i])), _least_of_top(lanes, least))
+        share_of_best = share * (np.float32(_peak(lanes, lanes[0])) * unit[i])
+        # Those of the `least` reach the first bound, all others either.
+        floor = min(
+            _at_least(share_of_best - margins[least - 1], unit[i]), _least_of_top(lanes, least)
+        )
+        if many > least:
+            second = _at_least(share_of_best - margins[many - 1], unit[i])
+            floor = max(floor, min(second, _least_of_top(lanes, many)))
         for lane in range(width):
             if lanes[lane] < floor:
                 continue
             for column in range(lane, columns, width):
-                key = row[column]
-                if key < floor or (
-                    filled == best.size and _first(best, at[i], filled, key, column)
+                key, place = row[column], filled
+                if key < floor:
+                    continue
+                while place > 0 and not _first(best, at[i], place, key, column):
+                    place -= 1
+                if place >= least and (
+                    place == best.size or np.float32(key) * unit[i] < share_of_best - margins[place]
                 ):
                     continue
-                place = min(filled, best.size - 1)
-                while place > 0 and not _first(best, at[i], place, key, column):
-                    best[place], at[i, place] = best[place - 1], at[i, place - 1]
-                    place -= 1
+                for later in range(min(filled, best.size - 1), place, -1):
+                    best[later], at[i, later] = best[later - 1], at[i, later - 1]
                 best[place], at[i, place] = key, column
                 filled = min(filled + 1, best.size)
-        while filled > least and np.float32(best[filled - 1]) * unit[i] < lowest:
+        while filled > least and (
+            np.float32(best[filled - 1]) * unit[i] < share_of_best - margins[filled - 1]
+        ):
             filled -= 1
         at[i, filled:] = NONE
+
+
+@numba.njit(nogil=True, cache=True)
+def _at_least(score: np.float32, unit: np.float32) -> Any:
+    """The least whole number of units that reaches a score."""
+    return np.int64(np.ceil(score / unit))
 
 
 @numba.njit(nogil=True, cache=True)

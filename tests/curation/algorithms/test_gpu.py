@@ -48,12 +48,13 @@ def test_the_nearest_are_those_of_the_processor(columns: int, count: int) -> Non
 
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("margin", [-0.1, 0.0, 0.2, np.inf])
+@pytest.mark.parametrize("falling", [0.0, 0.02])
 @pytest.mark.parametrize("scale", [1.0, 0.5, 127.4 / 128])
-def test_near_are_those_of_the_processor(margin: float, scale: float) -> None:
+def test_near_are_those_of_the_processor(margin: float, falling: float, scale: float) -> None:
     rows, fixed = unit(70, 24, 0), unit(300, 24, 1)
     rows[:9] = np.eye(9, 24, dtype=np.float32) * np.float32(scale)
     rows[9] = 0
-    within = Within(0.85, margin, 3, 40)
+    within = Within(0.85, (margin - falling * np.arange(40)).astype(np.float32), 3)
     found, same = gpu.Columns(fixed).near(rows, within), Ranking(fixed).near(rows, within)
     most = found.shape[1]
     np.testing.assert_array_equal(found, same[:, :most])

@@ -42,14 +42,19 @@ def test_the_nearest_are_exact(columns: int, count: int, dim: int) -> None:
 @pytest.mark.parametrize("columns", [5, 300, 1500])
 @pytest.mark.parametrize("most", [4, 40])
 @pytest.mark.parametrize("margin", [-np.inf, -0.1, 0.0, 0.2, np.inf])
-def test_near_are_those_within(columns: int, margin: float, most: int) -> None:
+@pytest.mark.parametrize("falling", [0.0, 0.02, 0.2])
+@pytest.mark.parametrize("least", [1, 3, 20])
+def test_near_are_those_within(
+    columns: int, margin: float, most: int, falling: float, least: int
+) -> None:
     rows, fixed = unit(70, 24, 0), unit(columns, 24, 1)
     fixed[columns // 2 :] = fixed[: -(columns // 2)]
-    found = Ranking(fixed).near(rows, Within(0.85, margin, 3, most))
+    margins = (margin - falling * np.arange(most)).astype(np.float32)
+    found = Ranking(fixed).near(rows, Within(0.85, margins, least))
     truth, wanted = ranked(rows, fixed)
-    lowest = np.float32(0.85) * truth[:, :1].astype("f4") - np.float32(margin)
+    lowest = np.float32(0.85) * truth[:, :1].astype("f4") - margins[:columns]
     inside = truth[:, :most] >= lowest
-    inside[:, :3] = True
+    inside[:, :least] = True
     rest = most - inside.shape[1]
     exact = np.where(inside, wanted[:, :most], NONE)
     np.testing.assert_array_equal(
