@@ -8,7 +8,7 @@ them asks in the other's cell.
 
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +26,12 @@ Bools = npt.NDArray[np.bool_]
 ROWS_PER_CELL = 256  # at least
 CELLS = 2  # by the square root of the base, at most: a row is compared with all of them
 FEW_CELLS = 16  # bases of so few cells are searched whole
-SAMPLE_QUERIES = 2048  # twice as many of a self-join, some of which have very many neighbours
+SAMPLE_QUERIES, SPREAD = 2048, 8  # of a sample; see `Sampling`
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
 ROUNDING = 1e-6  # of a margin
 CHUNK_ROWS = 262_144
 EXACT_ROWS = 8192  # of a base, compared by one thread
+ROW_BITS = 40  # above them a row's position stands, below the number of its neighbour
 
 
 class RecallError(ValueError):
@@ -63,6 +64,37 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How many queries tell the recall, each compared with one in `spread` rows of the base.
+
+    If all above a score is wanted, a part of the base tells as much of them. Neighbours of one
+    query are met or missed together: some of many queries' tell more than all of a few.
+    """
+
+    queries: int
+    spread: int
+
+    @classmethod
+    def of(cls, what: Search, queries: int) -> "Sampling":
+        """For a search of so many queries."""
+        spread = min(SPREAD, max(1, queries // SAMPLE_QUERIES))
+        if what.min_score == -np.inf:
+            spread = 1
+        return cls(min(queries, SAMPLE_QUERIES * spread), spread)
+
+    def part(self, base: Rows, rng: np.random.Generator) -> Rows:
+        """The rows that the queries are compared with."""
+        if self.spread == 1:
+            return base
+        chosen = np.flatnonzero(rng.integers(self.spread, size=len(base)) == 0)
+        return Rows(base.vectors[chosen], base.numbers[chosen])
+
+    def asked(self, what: Search) -> Search:
+        """What is asked of them: as many times fewer neighbours."""
+        return replace(what, k=-(-what.k // self.spread))
+
+
+@dataclass(frozen=True)
 class Joined:
     """Neighbours (n, k), and how they were found: queries ask in `nprobe` of the cells on average,
     and `recall` is measured on a sample."""
@@ -92,11 +124,11 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     cells = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
-    wanted = min(SAMPLE_QUERIES * (2 if what.itself else 1), len(telling))
-    sampled = np.sort(rng.choice(telling, wanted, replace=False))
+    sampling = Sampling.of(what, len(telling))
+    sampled = np.sort(rng.choice(telling, sampling.queries, replace=False))
     sample = Rows(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
     held = Rows(rows, distinct)
-    truth = exact(sample, [held], what)
+    truth = exact(sample, [sampling.part(held, rng)], sampling.asked(what))
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
     reach = choose_reach(cells, sample.vectors, Pairs.of(must, base, cells), what)
     best = Best(len(queries), what.k, what.min_score)
@@ -244,13 +276,15 @@ def _needed(cells: Cells, rows: Floats, row: Ints, target: Ints, most: int) -> F
 
 
 def recall(found: Neighbours, truth: Neighbours, alike: float = np.inf) -> float:
-    """The share of true neighbours that were found; a tie counts as found.
+    """The share of true neighbours (n, t) that were found (n, k), or were not as good as any of k.
 
     To a row whose neighbours are all above `alike` one of these counts as all.
     """
-    last = np.where(truth.number == NONE, np.inf, truth.score).min(axis=1, keepdims=True)
-    wanted = (truth.number != NONE).sum()
-    hit = (found.number != NONE) & (found.score >= last - 1e-6)
-    joined = (truth.score > alike).all(axis=1) & (found.score > alike).any(axis=1)
-    hits = np.where(joined, truth.score.shape[1], hit.sum(axis=1)).sum()
-    return float(min(hits, wanted) / wanted) if wanted else 1.0
+    row, column = np.nonzero(truth.number != NONE)
+    if not len(row):
+        return 1.0
+    keys = (np.arange(len(found.number))[:, None] << ROW_BITS) | found.number
+    listed = np.isin((row << ROW_BITS) | truth.number[row, column], keys[found.number != NONE])
+    outdone = truth.score[row, column] <= found.score.min(axis=1)[row] + 1e-6
+    joined = np.all(truth.score > alike, axis=1) & np.any(found.score > alike, axis=1)
+    return float((listed | outdone | np.take(joined, row)).mean())

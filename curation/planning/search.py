@@ -80,7 +80,7 @@ def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
         together=REQUESTS,
         memory=2.0 * fit * ask.dim * 4,
     )
-    truth = len(asks) * 2 * ask.dim * neighbour_index.SAMPLE_QUERIES / (c["exact_gflops"] * 1e9)
+    truth = len(asks) * 2 * ask.dim * knn.SAMPLE_QUERIES / (c["exact_gflops"] * 1e9)
     yield Step(
         f"{name}: put the base in cells",
         "workers",

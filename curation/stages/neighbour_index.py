@@ -17,6 +17,7 @@ import numpy as np
 from curation.algorithms import knn
 from curation.algorithms.cells import Cells
 from curation.algorithms.products import Floats
+from curation.algorithms.visits import Rows
 from curation.runtime.events import Events
 from curation.runtime.executor import (
     Executor,
@@ -28,7 +29,7 @@ from curation.runtime.executor import (
     require_all,
 )
 from curation.runtime.store import Store, read_table
-from curation.stages.neighbour_plan import Group, Join, Layout, Plan, save_arrays
+from curation.stages.neighbour_plan import Group, Join, Layout, Plan, Sample
 from curation.stages.neighbour_workers import (
     PartitionWorker,
     SampleWorker,
@@ -39,8 +40,7 @@ from curation.stages.tables import overlapped
 
 BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
 FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 8.6 GB at 512 dimensions
-SAMPLE_QUERIES = 1024
-SAMPLE_CHUNKS = 16  # at least, of whose rows they are
+SAMPLE_CHUNKS = 16  # at least, of whose rows the sampled queries are
 
 Path = Callable[[int], str]
 
@@ -94,7 +94,8 @@ def draw_queries(one: Asking, store: Store) -> None:
     picked = chunks[:: max(1, len(chunks) // SAMPLE_CHUNKS)]
     counts = [len(load_distinct(join, store, chunk)[0]) for chunk in picked]
     ends = np.cumsum(counts)
-    chosen = np.linspace(0, ends[-1] - 1, min(SAMPLE_QUERIES, ends[-1])).astype(int)
+    sampling = knn.Sampling.of(join.what, int(ends[-1]))
+    chosen = np.linspace(0, ends[-1] - 1, sampling.queries).astype(int)
     numbers, rows = [], []
     for chunk, count, end in zip(picked, counts, ends, strict=True):
         here = chosen[(chosen >= end - count) & (chosen < end)] - (end - count)
@@ -103,7 +104,7 @@ def draw_queries(one: Asking, store: Store) -> None:
         rows.append(queries.vectors[here])
     number, row = np.concatenate(numbers), np.concatenate(rows)
     order = np.argsort(number)
-    save_arrays(store, join.setup("sample"), numbers=number[order], rows=row[order])
+    Sample(Rows(row[order], number[order]), sampling).save(join, store)
 
 
 def sample_base(one: Asking, crew: Crew) -> None:

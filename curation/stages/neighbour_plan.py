@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from curation.algorithms import knn
+from curation.algorithms.best import Neighbours
 from curation.algorithms.cells import Cells, Reach
+from curation.algorithms.knn import Sampling
 from curation.algorithms.products import Ids, Ints
+from curation.algorithms.visits import Rows
 from curation.runtime.store import Store
 from curation.stages.tables import Part, VectorView
 
@@ -130,6 +133,30 @@ class Plan:
         have = load_arrays(store, path)
         reach = Reach(float(have["margin"]), int(have["most"]))
         return cls(Cells(have["centroids"]), have["edges"], reach, float(have["nprobe"]))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Queries whose true neighbours in a part of the base tell how far all must ask."""
+
+    queries: Rows
+    sampling: Sampling
+
+    def save(self, join: Join, store: Store) -> None:
+        rows = {"rows": self.queries.vectors, "numbers": self.queries.numbers}
+        save_arrays(store, join.setup("sample"), **rows, spread=np.array(self.sampling.spread))
+
+    @classmethod
+    def load(cls, join: Join, store: Store) -> "Sample":
+        have = load_arrays(store, join.setup("sample"))
+        sampling = Sampling(len(have["rows"]), int(have["spread"]))
+        return cls(Rows(have["rows"], have["numbers"]), sampling)
+
+    def truth(self, join: Join, base: Rows, chunk: int) -> Neighbours:
+        """The true neighbours (n, k) in the part of a chunk of the base that they are compared
+        with."""
+        part = self.sampling.part(base, np.random.default_rng([join.seed, chunk]))
+        return knn.exact(self.queries, [part], self.sampling.asked(join.what))
 
 
 def save_arrays(store: Store, path: str, **arrays: Any) -> None:

@@ -18,7 +18,7 @@ from curation.runtime.executor import Counts
 from curation.runtime.store import REQUESTS, Store, open_store, read_table, write_table
 from curation.schema import NEIGHBOURS
 from curation.stages.exchange import receive_each, send
-from curation.stages.neighbour_plan import Join, Layout, Plan, load_arrays
+from curation.stages.neighbour_plan import Join, Layout, Plan, Sample
 from curation.stages.tables import Part, VectorView, column_bytes, column_numpy, overlapped
 
 MERGE_ROWS = 1 << 24  # pairs held before the best of them are chosen
@@ -29,12 +29,6 @@ def load(view: VectorView, store: Store, parts: Sequence[Part]) -> Rows:
     """The numbers (n,) and unit rows (n, D) of some parts."""
     loaded = [found for _, found in overlapped(parts, partial(view.load, store))]
     return Rows(np.concatenate([v for _, v in loaded]), np.concatenate([n for n, _ in loaded]))
-
-
-def read_queries(store: Store, join: Join) -> Rows:
-    """The sample of a search's queries."""
-    sample = load_arrays(store, join.setup("sample"))
-    return Rows(sample["rows"], sample["numbers"])
 
 
 def load_distinct(join: Join, store: Store, parts: Sequence[Part]) -> tuple[Rows, pa.Table]:
@@ -125,7 +119,7 @@ class PartitionWorker:
     def __init__(self, joins: Sequence[Join], run_uri: str, layout: Layout) -> None:
         self._joins, self._store, self._layout = joins, open_store(run_uri), layout
         self._plan = Plan.load(self._store, joins[0].cells)
-        self._samples = [read_queries(self._store, join) for join in joins]
+        self._samples = [Sample.load(join, self._store) for join in joins]
 
     def __call__(self, chunk: int) -> Counts:
         join, store, plan = self._joins[0], self._store, self._plan
@@ -145,10 +139,9 @@ class PartitionWorker:
         send(store, join.base_sent(chunk), table, plan.bucket_of(cell), plan.buckets)
         return {"images": len(rows)}
 
-    def _write_truth(self, join: Join, sample: Rows, chunk: int, rows: Rows, cell: Ints) -> None:
+    def _write_truth(self, join: Join, sample: Sample, chunk: int, rows: Rows, cell: Ints) -> None:
         """What the sample's true neighbours among the rows are, with their cells and vectors."""
-        near = knn.exact(sample, [rows], join.what)
-        truth = pairs_of(np.arange(len(sample)), near)
+        truth = pairs_of(np.arange(len(sample.queries)), sample.truth(join, rows, chunk))
         at = np.searchsorted(rows.numbers, column_numpy(truth, "image"))
         truth = truth.append_column("cell", pa.array(cell[at]))
         truth = truth.append_column("vector", vectors(rows.vectors[at]))
@@ -240,18 +233,19 @@ class SlabWorker:
 
     def __init__(self, join: Join, run_uri: str, layout: Layout) -> None:
         self._join, self._store, self._layout = join, open_store(run_uri), layout
-        self._sample = read_queries(self._store, join)
+        self._sample = Sample.load(join, self._store)
         paths = [join.sample_of_base(number) for number in range(len(layout.base))]
         self._training = np.concatenate([rows_of(read_table(self._store, path)) for path in paths])
 
     def __call__(self, slab: int) -> Counts:
         join, store = self._join, self._store
         base = load(join.base, store, self._layout.base[slab])
-        truth = pairs_of(np.arange(len(self._sample)), knn.exact(self._sample, [base], join.what))
+        sample = self._sample.queries
+        truth = pairs_of(np.arange(len(sample)), self._sample.truth(join, base, slab))
         write_table(store, join.path("truth", slab), truth)
         trained = IvfPq(self._training, target_recall=join.how.target_recall, seed=join.seed)
         k = join.k + join.itself
-        index = trained.over(base.vectors, base.numbers, self._sample.vectors, k)
+        index = trained.over(base.vectors, base.numbers, sample.vectors, k)
         found = [NEIGHBOURS.empty_table()]
         for chunk in self._layout.queries:
             queries = load(join.queries, store, chunk)

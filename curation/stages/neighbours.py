@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation.algorithms import knn
-from curation.algorithms.products import NONE, Floats, Ints
+from curation.algorithms.products import NONE
 from curation.runtime.events import Events
 from curation.runtime.executor import Executor, all_cores
 from curation.runtime.store import Store, StoreError, delete_all, read_table
@@ -34,7 +34,7 @@ from curation.stages.neighbour_index import (
     sample_base,
     sizes,
 )
-from curation.stages.neighbour_plan import Group, Join, Layout, Plan, load_arrays
+from curation.stages.neighbour_plan import Group, Join, Layout, Plan, Sample
 from curation.stages.neighbour_workers import (
     AnswerWorker,
     ExactWorker,
@@ -208,15 +208,16 @@ def _merged(one: Asking, crew: Crew) -> float:
 def _choose_way(join: Join, store: Store) -> None:
     """How far queries ask, by the sample's true neighbours."""
     plan = Plan.load(store, join.cells)
-    table = best_of(_truth(join, store), join.k)
+    sample = Sample.load(join, store)
+    what, rows = sample.sampling.asked(join.what), sample.queries.vectors
+    table = best_of(_truth(join, store), what.k)
     sampled, rank = np.unique(column_numpy(table, "query"), return_inverse=True)
-    table = table.filter(pa.array(join.what.telling(as_neighbours(table, sampled, join.k))[rank]))
+    table = table.filter(pa.array(what.telling(as_neighbours(table, sampled, what.k))[rank]))
     pairs = knn.Pairs(column_numpy(table, "query"), column_numpy(table, "cell"), rows_of(table))
-    sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
     try:
         with all_cores():
-            reach = knn.choose_reach(plan.cells, sample, pairs, join.what)
-            nprobe = float((plan.cells.way(sample, reach) != NONE).sum(axis=1).mean())
+            reach = knn.choose_reach(plan.cells, rows, pairs, what)
+            nprobe = float((plan.cells.way(rows, reach) != NONE).sum(axis=1).mean())
     except knn.RecallError as error:
         raise StoreError(
             f"{join.stage}: {error}; lower search.target_recall or raise search.exact_below"
@@ -232,7 +233,7 @@ def _truth(join: Join, store: Store) -> pa.Table:
 
 def _waves(join: Join, layout: Layout, plan: Plan, store: Store) -> list[list[int]]:
     """The chunks of queries that are sent at once, by how many copies the sample would need."""
-    sample: Floats = load_arrays(store, join.setup("sample"))["rows"]
+    sample = Sample.load(join, store).queries.vectors
     row, step = np.nonzero((way := plan.cells.way(sample, plan.reach)) != NONE)
     sent = np.unique(row * plan.buckets + plan.bucket_of(way[row, step]))
     copies = len(sent) / len(sample)
@@ -251,9 +252,10 @@ def _waves(join: Join, layout: Layout, plan: Plan, store: Store) -> list[list[in
 
 def _recall(join: Join, store: Store) -> float:
     """Of the sample's true neighbours, the share that stands in the answers."""
-    numbers: Ints = load_arrays(store, join.setup("sample"))["numbers"]
+    sample = Sample.load(join, store)
+    numbers = sample.queries.numbers
     truth = _truth(join, store).select(["query", "image", "cosine"])
-    true = as_neighbours(truth, np.arange(len(numbers)), join.k)
+    true = as_neighbours(truth, np.arange(len(numbers)), sample.sampling.asked(join.what).k)
     found = pa.concat_tables(
         table.filter(pa.array(np.isin(table["query"].to_numpy(), numbers)))
         for table in answers(join, store)
