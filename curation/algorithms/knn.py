@@ -24,7 +24,7 @@ from curation.algorithms.visits import Base, Rows, Twins, Visits
 Bools = npt.NDArray[np.bool_]
 
 ROWS_PER_CELL = 256  # at least
-CELLS = 2  # by the square root of the base, at most: a row is compared with all of them
+CELLS = 2  # by the square root of the queries or the base, at most
 FEW_CELLS = 16  # bases of so few cells are searched whole
 SAMPLE_QUERIES, SPREAD = 2048, 8  # of a sample; see `Sampling`
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
@@ -121,9 +121,9 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     kept = first_of_equal(base) if what.itself else np.arange(len(base))
     distinct = np.flatnonzero(kept == np.arange(len(base)))
     rows = base if len(distinct) == len(base) else base[distinct]
-    cells = fit_cells(rows, rng)
     asking = distinct if what.itself else np.arange(len(queries))
     telling = asking[squares[asking] > 0]  # all neighbours of a zero are alike
+    cells = fit_cells(rows, len(telling), rng)
     sampling = Sampling.of(what, len(telling))
     sampled = np.sort(rng.choice(telling, sampling.queries, replace=False))
     sample = Rows(queries[sampled], sampled if what.itself else np.full(len(sampled), NONE))
@@ -177,20 +177,23 @@ def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -
     found.score[again, 0], found.number[again, 0] = score, kept[again]
 
 
-def cell_count(base_rows: int) -> int:
-    """How many cells: rows are compared with them, and then with the rows of some."""
-    return max(1, min(base_rows // ROWS_PER_CELL, int(CELLS * base_rows**0.5)))
+def cell_count(base_rows: int, queries: int) -> int:
+    """How many cells: all rows are compared with all of them, and queries with the rows of some, so
+    that for few queries few are best."""
+    root = min(base_rows, queries) ** 0.5
+    return max(1, min(base_rows // ROWS_PER_CELL, int(CELLS * root)))
 
 
-def fit_rows(base_rows: int) -> int:
+def fit_rows(base_rows: int, cells: int) -> int:
     """How many rows of a base its cells are fitted on."""
-    return min(base_rows, SAMPLE_PER_CELL * max(FEW_CELLS, cell_count(base_rows)))
+    return min(base_rows, SAMPLE_PER_CELL * max(FEW_CELLS, cells))
 
 
-def fit_cells(base: Floats, rng: np.random.Generator) -> Cells:
-    """Cells of a sample of base rows (m, D)."""
-    chosen = np.sort(rng.choice(len(base), fit_rows(len(base)), replace=False))
-    return Cells.fit(base[chosen], cell_count(len(base)), rng)
+def fit_cells(base: Floats, queries: int, rng: np.random.Generator) -> Cells:
+    """Cells of a sample of base rows (m, D), for so many queries."""
+    count = cell_count(len(base), queries)
+    chosen = np.sort(rng.choice(len(base), fit_rows(len(base), count), replace=False))
+    return Cells.fit(base[chosen], count, rng)
 
 
 def exact(queries: Rows, base: Iterable[Rows], what: Search) -> Neighbours:

@@ -133,7 +133,7 @@ def _vectors() -> dict[str, float]:
     """GFLOP/s of the products in each way that rows are compared."""
     rows, what = _made_up(ROWS), knn.Search(64, 0.6, itself=True)
     numbers, rng = np.arange(ROWS), np.random.default_rng(0)
-    cells = knn.fit_cells(rows, rng)
+    cells = knn.fit_cells(rows, len(rows), rng)
     per_row = 2 * DIM * len(cells)
     assigning = _seconds(lambda: cells.assign(rows))
     way = cells.way(rows, Reach(np.inf, 8))

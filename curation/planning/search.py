@@ -35,19 +35,20 @@ def search(job: Job, *asks: Ask) -> Iterator[Step]:
     if asks[0].base <= job.recipe.search.exact_below:
         yield from (_compare_all(job, ask) for ask in asks)
         return
-    yield from _index(job, asks)
+    queries = sum(ask.queries for ask in asks)
+    yield from _index(job, asks, Sent.of(job, asks[0], queries))
     for ask in asks:
-        yield from _answers(job, ask)
+        yield from _answers(job, ask, Sent.of(job, ask, queries))
 
 
-def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
+def _index(job: Job, asks: Sequence[Ask], sent: "Sent") -> Iterator[Step]:
     """What all searches of a base need, and the truth of a sample of each."""
-    c, ask, sent = job.c, asks[0], Sent.of(job, asks[0])
+    c, ask = job.c, asks[0]
     row, name = 2 * ask.dim, "copies" if ask.itself else "the pool"
     load, to_cells = row / c["load_bytes_per_s"], _to_cells(ask, sent)
     parts, rows = job.parts(ask.base), neighbour_index.SAMPLE_CHUNKS * sent.query_rows
     sampled = 2 * sum(min(rows, ask.queries) for ask in asks)  # read twice
-    fit = min(neighbour_index.FIT_ROWS, knn.fit_rows(ask.base))
+    fit = min(neighbour_index.FIT_ROWS, knn.fit_rows(ask.base, sent.cells))
     sweeps = sum(iterations for _, iterations in cell_search.ROUNDS) + 1
     yield Step(
         f"{name}: sample the queries",
@@ -96,9 +97,8 @@ def _index(job: Job, asks: Sequence[Ask]) -> Iterator[Step]:
     )
 
 
-def _answers(job: Job, ask: Ask) -> Iterator[Step]:
-    c, sent = job.c, Sent.of(job, ask)
-    row = 2 * ask.dim
+def _answers(job: Job, ask: Ask, sent: "Sent") -> Iterator[Step]:
+    c, row = job.c, 2 * ask.dim
     load = row / c["load_bytes_per_s"]
     blocks = sent.query_chunks * sent.buckets
     routing = _to_cells(ask, sent) / (c["cells_gflops"] * 1e9)
@@ -197,8 +197,9 @@ class Sent:
     query_rows: int
 
     @classmethod
-    def of(cls, job: Job, ask: Ask) -> "Sent":
-        cells = knn.cell_count(ask.base)
+    def of(cls, job: Job, ask: Ask, queries: int) -> "Sent":
+        """Of one of the searches of a base, which together have so many queries."""
+        cells = neighbour_index.cell_count(ask.base, queries)
         asked = min(cells, ask.nprobe)
         buckets = math.ceil(ask.base / neighbour_index.BUCKET_ROWS)
         copies = min(buckets, 1 + (asked - 1) * job.c["apart"])

@@ -39,6 +39,7 @@ from curation.stages.neighbour_workers import (
 from curation.stages.tables import overlapped
 
 BUCKET_ROWS = 262_144  # base rows answered together: 0.5 GB at 512 dimensions
+BUCKET_CELLS = 8  # at least, on average: the largest cell is many times an average one
 FIT_ROWS = 1 << 21  # base rows that cells are fitted on, in this process: 8.6 GB at 512 dimensions
 SAMPLE_CHUNKS = 16  # at least, of whose rows the sampled queries are
 
@@ -76,11 +77,17 @@ def sizes(groups: Sequence[Group]) -> list[tuple[int, int]]:
     return [(number, sum(part.rows for part in group)) for number, group in enumerate(groups)]
 
 
+def cell_count(base_rows: int, queries: int) -> int:
+    """Cells of a base for all queries of the searches that share it."""
+    least = min(BUCKET_CELLS * base_rows // BUCKET_ROWS, base_rows // knn.ROWS_PER_CELL)
+    return max(knn.cell_count(base_rows, queries), least)
+
+
 def build(asking: Sequence[Asking], crew: Crew) -> None:
     """The index, and of each search the sample with its true neighbours."""
     join, layout, store = asking[0].join, asking[0].layout, crew.store
     if not store.exists(join.cells):
-        _fit_cells(asking[0], crew)
+        _fit_cells(asking, crew)
     partition = partial(PartitionWorker, [one.join for one in asking], store.uri, layout)
     crew.work(join.stage, join.base_sent, sizes(layout.base), partition)
 
@@ -107,12 +114,18 @@ def draw_queries(one: Asking, store: Store) -> None:
     Sample(Rows(row[order], number[order]), sampling).save(join, store)
 
 
-def sample_base(one: Asking, crew: Crew) -> None:
+def sample_base(asking: Sequence[Asking], crew: Crew) -> None:
     """Publishes rows of the base, evenly spaced over its chunks."""
-    join, chunks = one.join, sizes(one.layout.base)
-    wanted = min(FIT_ROWS, knn.fit_rows(sum(images for _, images in chunks)))
-    worker = partial(SampleWorker, join, crew.store.uri, one.layout, wanted)
+    join, chunks = asking[0].join, sizes(asking[0].layout.base)
+    total = sum(images for _, images in chunks)
+    wanted = min(FIT_ROWS, knn.fit_rows(total, _cells_of(asking)))
+    worker = partial(SampleWorker, join, crew.store.uri, asking[0].layout, wanted)
     crew.work(join.stage, join.sample_of_base, chunks, worker)
+
+
+def _cells_of(asking: Sequence[Asking]) -> int:
+    queries = sum(images for one in asking for _, images in sizes(one.layout.queries))
+    return cell_count(sum(images for _, images in sizes(asking[0].layout.base)), queries)
 
 
 def read_sample(one: Asking, store: Store) -> Floats:
@@ -122,13 +135,14 @@ def read_sample(one: Asking, store: Store) -> Floats:
     return np.concatenate([rows_of(table) for _, table in tables])
 
 
-def _fit_cells(one: Asking, crew: Crew) -> None:
+def _fit_cells(asking: Sequence[Asking], crew: Crew) -> None:
     """Cells, and buckets of consecutive ones that hold about BUCKET_ROWS each."""
-    sample_base(one, crew)
+    one = asking[0]
+    sample_base(asking, crew)
     fit = read_sample(one, crew.store)
     total = sum(images for _, images in sizes(one.layout.base))
     with all_cores():
-        cells = Cells.fit(fit, knn.cell_count(total), np.random.default_rng(one.join.seed))
+        cells = Cells.fit(fit, _cells_of(asking), np.random.default_rng(one.join.seed))
         cell = cells.assign(fit)
     held = np.bincount(cell, minlength=len(cells)) * (total / max(1, len(fit)))
     bucket = (np.cumsum(held) - held) // BUCKET_ROWS

@@ -313,9 +313,34 @@ def test_recall_counts_misses_and_takes_ties() -> None:
     assert recall(half, truth, alike=0.85) == 0.5
 
 
+def test_a_true_neighbour_that_k_others_beat_is_not_missed() -> None:
+    truth = Neighbours(np.array([[0.7], [0.7]], np.float32), np.array([[5], [5]]))
+    found = Neighbours(
+        np.array([[0.9, 0.8], [0.9, -np.inf]], np.float32), np.array([[1, 2], [1, NONE]])
+    )
+    assert recall(found, truth) == 0.5
+
+
+def test_a_part_of_the_base_tells_the_recall_of_pairs_above_a_score() -> None:
+    rows = around(3000, 40_000, 24, 0.13, 0)
+    what = Search(16, 0.8, itself=True, target_recall=0.95)
+    joined = join(rows, rows, what)
+    asked = np.arange(0, len(rows), 20)
+    product = rows[asked] @ rows.T
+    product[np.arange(len(asked)), asked] = -1
+    number = np.argsort(-product, axis=1)[:, :16]
+    score = np.take_along_axis(product, number, axis=1)
+    truth = Neighbours(score, np.where(score > 0.8, number, NONE))
+    ours = Neighbours(joined.neighbours.score[asked], joined.neighbours.number[asked])
+    assert (truth.number != NONE).sum() > 2000
+    assert joined.nprobe < joined.cells / 4
+    assert 0.95 <= joined.recall < 1
+    assert recall(ours, truth) == pytest.approx(joined.recall, abs=0.01)
+
+
 def test_the_reach_is_the_least_that_meets_enough_pairs() -> None:
     rows = around(300, 9000, 32, 0.35, 0)
-    cells = knn.fit_cells(rows, np.random.default_rng(0))
+    cells = knn.fit_cells(rows, len(rows), np.random.default_rng(0))
     sample = np.arange(0, 9000, 10)
     truth = exact(Rows(rows[sample], sample), [Rows(rows, np.arange(9000))], Search(4, itself=True))
     pairs = knn.Pairs.of(truth.number, rows, cells)

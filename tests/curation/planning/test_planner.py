@@ -112,12 +112,12 @@ def test_perceptual_hashes_are_sorted_by_the_driver_where_they_are_asked_for(c: 
 def test_a_search_is_counted_as_the_stage_cuts_it(c: Constants) -> None:
     ask = Ask("copies", 1_200_000_000, 1_200_000_000, 512, 10.0, itself=True)
     one = job(c)
-    sent = Sent.of(one, ask)
-    assert sent.cells == knn.cell_count(ask.base) == 69_282
+    sent = Sent.of(one, ask, ask.queries)
+    assert sent.cells == knn.cell_count(ask.base, ask.queries) == 69_282
     assert sent.buckets == -(-ask.base // neighbour_index.BUCKET_ROWS)
     assert sent.base_chunks == neighbours.MOST_CHUNKS
     assert sent.waves == 1
-    waves = Sent.of(job(c, "search.spill_bytes=200_000_000_000"), ask).waves
+    waves = Sent.of(job(c, "search.spill_bytes=200_000_000_000"), ask, ask.queries).waves
     assert waves == -(-int(sent.copy_bytes) // 200_000_000_000)
     (exact,) = search(one, Ask("holdout", 1000, 150_000, 512, 10.0))
     assert exact.seconds > 2 * 512 * 1000 * 150_000 / (c["exact_gflops"] * 1e9)

@@ -147,6 +147,15 @@ def test_the_search_reaches_its_target_against_brute_force(
         assert (facts["waves"] > 1) == ("spill_bytes" in options)
 
 
+@pytest.mark.parametrize(
+    ("base", "queries", "cells"),
+    [(100_000_000, 100, 3051), (100_000_000, 25_000_000, 10_000), (1000, 100, 3), (100, 100, 1)],
+    ids=["as buckets need", "as queries need", "of 256 rows", "one"],
+)
+def test_few_queries_need_few_cells(base: int, queries: int, cells: int) -> None:
+    assert neighbour_index.cell_count(base, queries) == cells
+
+
 def test_comparing_all_is_exact(find: Callable[..., Any]) -> None:
     rows = clustered(1500)
     facts, found = find(rows, 0, exact_below=2000, k=7, min_cosine=0.2)
@@ -227,7 +236,8 @@ def test_searches_of_one_base_find_together_what_each_finds_alone(
     np.save(tmp_path / "rows.npy", clustered(4000))
     view: Any = Saved(tmp_path / "rows.npy")
     how, base = SearchConfig("cells", 0, 0.95, 10**9), parts_of(1500, 4000)
-    asked = {"few": (4, parts_of(0, 600)), "many": (9, parts_of(600, 1500))}
+    # Each so many that the base is put in as many cells for one as for both.
+    asked = {"few": (4, parts_of(0, 750)), "many": (9, parts_of(750, 1500))}
     store = open_store(str(tmp_path / "run"))
     crew = neighbours.Crew(store, InProcessExecutor(), Events(store))
 
