@@ -114,12 +114,11 @@ def draw_queries(one: Asking, store: Store) -> None:
     Sample(Rows(row[order], number[order]), sampling).save(join, store)
 
 
-def sample_base(asking: Sequence[Asking], crew: Crew) -> None:
-    """Publishes rows of the base, evenly spaced over its chunks."""
-    join, chunks = asking[0].join, sizes(asking[0].layout.base)
-    total = sum(images for _, images in chunks)
-    wanted = min(FIT_ROWS, knn.fit_rows(total, _cells_of(asking)))
-    worker = partial(SampleWorker, join, crew.store.uri, asking[0].layout, wanted)
+def sample_base(one: Asking, cells: int, crew: Crew) -> None:
+    """Publishes as many rows of the base as so many cells are fitted on, evenly spaced."""
+    join, chunks = one.join, sizes(one.layout.base)
+    wanted = min(FIT_ROWS, knn.fit_rows(sum(images for _, images in chunks), cells))
+    worker = partial(SampleWorker, join, crew.store.uri, one.layout, wanted)
     crew.work(join.stage, join.sample_of_base, chunks, worker)
 
 
@@ -137,12 +136,12 @@ def read_sample(one: Asking, store: Store) -> Floats:
 
 def _fit_cells(asking: Sequence[Asking], crew: Crew) -> None:
     """Cells, and buckets of consecutive ones that hold about BUCKET_ROWS each."""
-    one = asking[0]
-    sample_base(asking, crew)
+    one, count = asking[0], _cells_of(asking)
+    sample_base(one, count, crew)
     fit = read_sample(one, crew.store)
     total = sum(images for _, images in sizes(one.layout.base))
     with all_cores():
-        cells = Cells.fit(fit, _cells_of(asking), np.random.default_rng(one.join.seed))
+        cells = Cells.fit(fit, count, np.random.default_rng(one.join.seed))
         cell = cells.assign(fit)
     held = np.bincount(cell, minlength=len(cells)) * (total / max(1, len(fit)))
     bucket = (np.cumsum(held) - held) // BUCKET_ROWS

@@ -147,7 +147,7 @@ def _search_all(
     if how.method == "cells":
         build(asking, crew)
     else:
-        sample_base(asking, crew)
+        sample_base(asking[0], knn.cell_count(held, held), crew)
     for one in asking:
         by = _by_cells if how.method == "cells" else _by_slabs
         yield one.join, {"method": how.method, **by(one, crew), "recall": _merged(one, crew)}
