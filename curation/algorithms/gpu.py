@@ -126,10 +126,8 @@ class Columns:
         here, scores = self._scores(rows)
         share_of_best, most = within.share * _least_of_top(scores, 1), len(within.margins)
         floors = torch.full_like(share_of_best, -torch.inf)
-        for count in {
-            within.least,
-            max(within.least, MANY),
-        }:  # so many reach it, or all that follow
+        # Those that come before the count-th reach what that one does, all others its margin.
+        for count in (within.least, max(within.least, MANY)):
             count = min(count, most, scores.shape[1])
             others = share_of_best - float(within.margins[count - 1])
             floors = floors.maximum(others.minimum(_least_of_top(scores, count)))

@@ -29,6 +29,7 @@ FEW_CELLS = 16  # bases of so few cells are searched whole
 SAMPLE_QUERIES, SPREAD = 2048, 8  # of a sample; see `Sampling`
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
 ROUNDING = 1e-6  # of a margin
+TELLING, UNTOLD = 100, 0.1  # fewer pairs of a sample choose no smaller margin: common copies' own
 CHUNK_ROWS = 262_144
 EXACT_ROWS = 8192  # of a base, compared by one thread
 ROW_BITS = 40  # above them a row's position stands, below the number of its neighbour
@@ -234,8 +235,10 @@ def choose_reach(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> Re
     """
     if len(cells) <= FEW_CELLS:
         return Reach(np.inf, len(cells))
+    # Few pairs tell little: copies that are rare are found as well as those that are common.
+    least = -np.inf if len(pairs.query) >= TELLING else UNTOLD
     if not len(pairs.query):
-        return Reach(-np.inf, LEAST)
+        return Reach(least, min(MOST, len(cells)))
     back, most = cells.assign(sample)[pairs.query], MOST
     while True:
         most = min(most, LONGEST_WAY, len(cells))
@@ -250,7 +253,7 @@ def choose_reach(cells: Cells, sample: Floats, pairs: Pairs, what: Search) -> Re
             key=lambda margin: _surely(needed <= margin, pairs.query) >= what.target_recall,
         )
         if enough < len(steps):
-            return Reach(float(steps[enough]) + ROUNDING, most)
+            return Reach(max(float(steps[enough]) + ROUNDING, least), most)
         if most == min(LONGEST_WAY, len(cells)):
             raise RecallError(
                 f"recall {what.target_recall} needs more than {most} of {len(cells)} cells"

@@ -338,6 +338,15 @@ def test_a_part_of_the_base_tells_the_recall_of_pairs_above_a_score() -> None:
     assert recall(ours, truth) == pytest.approx(joined.recall, abs=0.01)
 
 
+def test_rare_copies_are_found_though_the_sample_has_none() -> None:
+    rows = unit(30_000, 64, 0)
+    copies = rows[:20] + 0.1 * np.random.default_rng(1).standard_normal((20, 64), np.float32)
+    rows[-20:] = copies / np.linalg.norm(copies, axis=1, keepdims=True)
+    found = join(rows, rows, Search(4, 0.7, itself=True)).neighbours.number
+    met = (found[:20] == (30_000 - 20 + np.arange(20))[:, None]).any(axis=1)
+    assert met.mean() > 0.8  # .75 in the two nearest cells alone
+
+
 def test_the_reach_is_the_least_that_meets_enough_pairs() -> None:
     rows = around(300, 9000, 32, 0.35, 0)
     cells = knn.fit_cells(rows, len(rows), np.random.default_rng(0))
