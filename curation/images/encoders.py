@@ -23,6 +23,7 @@ from torch.nn.functional import normalize
 
 from curation.images.brightness import BrightnessPattern
 from curation.images.errors import EncoderError
+from curation.images.gpu_blocks import multiply_patches, recorded, suit_gpu
 
 DEMO_MODEL = "lvd_demo"
 BUILTIN_FILES = {"semantic": "demo_encoder.safetensors", "copy": "copy_descriptor.safetensors"}
@@ -74,7 +75,7 @@ class InputFormat:
 class VectorModel:
     """A network with its input format. `dim` is the length of its vectors.
 
-    `full`: on a GPU the network is compiled, for batches of so many images.
+    `full`: on a GPU the network is compiled, for batches of so many images at most.
     """
 
     def __init__(
@@ -86,15 +87,22 @@ class VectorModel:
         self.net = net.to(self.device, self.dtype).eval()
         if self.device.type == "cpu":
             suit_cpu(self.net, self.dtype)
-        self.form = form
+        self.form, self._layout = form, torch.contiguous_format
+        if self.device.type == "cuda" and precision != "fp32":
+            self._layout = multiply_patches(self.net)
         self._mean = torch.tensor(form.mean, device=self.device).mul(255).view(1, 3, 1, 1)
         self._std = torch.tensor(form.std, device=self.device).mul(255).view(1, 3, 1, 1)
-        self._full = 0
+        self._full, self._arriving = 0, None
+        if self.device.type == "cuda":  # copies run beside what the GPU still computes
+            self._arriving = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.dim = self(np.zeros((1, 3, form.size, form.size), np.uint8)).shape[1]
         if full and self.device.type in COMPILED_ON:
             self._full = full
-            suit_gpu(self.net, self.dtype)
-            self.net.compile(dynamic=False)
+            if precision != "fp32":
+                suit_gpu(self.net)
+            rows = torch.compile(self.rows, dynamic=False)
+            given = torch.zeros((full, 3, form.size, form.size), dtype=torch.uint8)
+            self.rows = recorded(rows, given.to(self.device))  # type: ignore[assignment, method-assign]
 
     def prepare(self, image: Image.Image) -> Pixels:
         return self.form.prepare(image)
@@ -112,12 +120,8 @@ class VectorModel:
         pixels, count = torch.as_tensor(batch), len(batch)
         if count < self._full:  # else the network would be compiled for this number as well
             pixels = torch.cat([pixels, pixels.new_zeros(self._full - count, *pixels.shape[1:])])
-        if self.device.type != pixels.device.type:
-            # pinned, the copy runs beside what the GPU still computes
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        features = self.net(((pixels - self._mean) / self._std).to(self.dtype)).float()
-        rows = normalize(features[:count], dim=1, eps=1e-12)
-        if self.device.type != "cuda":
+        rows = self.rows(self._arrived(pixels))[:count]
+        if self._arriving is None:
             return rows.numpy
         here = torch.empty(rows.shape, pin_memory=True).copy_(rows, non_blocking=True)
         copied = torch.cuda.current_stream().record_event()
@@ -128,6 +132,23 @@ class VectorModel:
             return found
 
         return wait
+
+    def rows(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 on the device -> (B, D) fp32 unit rows there."""
+        scaled = (pixels - self._mean) / self._std
+        features: Tensor = self.net(scaled.to(self.dtype, memory_format=self._layout))
+        return normalize(features.float(), dim=1, eps=1e-12)
+
+    def _arrived(self, pixels: Tensor) -> Tensor:
+        """On the device, when what is computed next begins."""
+        if self._arriving is None or pixels.is_cuda:
+            return pixels
+        computing = torch.cuda.current_stream()
+        with torch.cuda.stream(self._arriving):
+            there = pixels.pin_memory().to(self.device, non_blocking=True)
+        computing.wait_stream(self._arriving)
+        there.record_stream(computing)
+        return there
 
 
 class OneDnnLinear(nn.Linear):
@@ -151,34 +172,6 @@ def suit_cpu(net: nn.Module, dtype: torch.dtype) -> None:
         if dtype == torch.bfloat16 and hasattr(module, "fused_attn"):
             # timm's: torch's own kernel takes twice as long in bf16
             module.fused_attn = False  # type: ignore[assignment]
-
-
-class FusedMlp(nn.Module):
-    """A block's two layers; the product of the first passes its results through GELU by itself,
-    which saves reading and writing the largest numbers of a block. On a GPU that is GELU by tanh
-    (arXiv 1606.08415, section 2), up to 5e-4 from the exact one."""
-
-    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = first, second
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, D)."""
-        first, rows = self.fc1, x.reshape(-1, x.shape[-1])
-        hidden = torch._addmm_activation(first.bias, rows, first.weight.t(), use_gelu=True)
-        whole: Tensor = self.fc2(hidden)
-        return whole.view(x.shape)
-
-
-def suit_gpu(net: nn.Module, dtype: torch.dtype) -> None:
-    """Puts, in place, a `FusedMlp` where a block of timm's has a plain one, in half precision."""
-    from timm.layers.mlp import Mlp  # not at the top: see `load_semantic`
-
-    for module in net.modules():
-        for name, part in [*module.named_children()] if dtype != torch.float32 else ():
-            mlp: Any = part if type(part) is Mlp else None
-            if mlp and type(mlp.act) is nn.GELU and isinstance(mlp.norm, nn.Identity):
-                setattr(module, name, FusedMlp(mlp.fc1, mlp.fc2))
 
 
 def _bf16_by_onednn() -> bool:

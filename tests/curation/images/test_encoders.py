@@ -81,7 +81,10 @@ def test_a_model_that_uses_weights_without_their_layer() -> None:
     plain = timm.create_model(name, num_classes=0).eval()
     model = load_semantic(name, save(plain.state_dict()), "fp32")
     pixels = model.prepare(picture(3, 300, 300))[None]
-    scaled = (torch.from_numpy(pixels) - model._mean) / model._std
+    mean, std = (
+        torch.tensor(which).view(3, 1, 1) * 255 for which in (model.form.mean, model.form.std)
+    )
+    scaled = (torch.from_numpy(pixels) - mean) / std
     with torch.inference_mode():
         true = torch.nn.functional.normalize(plain(scaled), dim=1).numpy()
     np.testing.assert_allclose(model(pixels), true, atol=1e-5)
@@ -91,7 +94,9 @@ def test_the_flop_of_a_loaded_model_are_those_of_timms() -> None:
     loaded = load_semantic(DEMO_MODEL, None, "fp32")
     plain = timm.models.VisionTransformer(**describe_builtin("semantic")["arch"])
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        plain(torch.zeros(1, 3, loaded.form.size, loaded.form.size))
+        plain.to(loaded.device)(
+            torch.zeros(1, 3, loaded.form.size, loaded.form.size, device=loaded.device)
+        )
     assert semantic_effort(DEMO_MODEL).flop == counter.get_total_flops()
 
 
