@@ -7,7 +7,7 @@ them asks in the other's cell.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,7 +24,7 @@ from curation.algorithms.visits import Base, Rows, Twins, Visits
 Bools = npt.NDArray[np.bool_]
 
 ROWS_PER_CELL = 256  # at least
-CELLS = 2  # by the square root of the queries or the base, at most
+CELLS = 3  # times the square root of half the harmonic mean of queries and base
 FEW_CELLS = 16  # bases of so few cells are searched whole
 SAMPLE_QUERIES, SPREAD = 2048, 8  # of a sample; see `Sampling`
 MOST, LONGEST_WAY = 128, 2048  # cells that a query asks in: twice as many while these don't do
@@ -52,6 +52,13 @@ class Search:
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
+
+    @property
+    def turns(self) -> tuple[slice, ...]:
+        """Parts of a query's way, searched one after the other: what its nearest cell holds is so
+        good that few rows of the others have to be looked at more closely. Pairs of a self-join
+        have a floor from the start."""
+        return (slice(None),) if self.itself else (slice(1), slice(1, None))
 
     @property
     def alike(self) -> float:
@@ -133,21 +140,23 @@ def join(queries: Floats, base: Floats, what: Search) -> Joined:
     must = np.where(what.telling(truth)[:, None], truth.number, NONE)
     reach = choose_reach(cells, sample.vectors, Pairs.of(must, base, cells), what)
     best = Best(len(queries), what.k, what.min_score)
-    visits, cell = _visits(cells, rows if what.itself else queries, asking, reach)
+    turns, cell = _visits(cells, rows if what.itself else queries, asking, reach, what.turns)
     if what.itself:
         cell[~standing(rows, cell, len(cells), what)] = NONE
         all_of = held if rows is base else Rows(base, np.arange(len(base)))
-        search(all_of, visits, Base.of(held, cell, len(cells)), best, Twins(best, distinct))
+        search(all_of, turns[0], Base.of(held, cell, len(cells)), best, Twins(best, distinct))
     else:
         whole = Base.of(held, cells.assign(rows), len(cells))
-        search(Rows(queries, np.full(len(queries), NONE)), visits, whole, best)
+        asked = Rows(queries, np.full(len(queries), NONE))
+        for visits in turns:
+            search(asked, visits, whole, best)
     found = best.sorted()
     measured = recall(Neighbours(found.score[sampled], found.number[sampled]), truth, what.alike)
     if measured < what.target_recall:
         raise RecallError(f"recall {measured:.4f} on a sample, below {what.target_recall}")
     if what.itself:
         _join_equal(found, kept, base, what.min_score)
-    nprobe = len(visits.queries) / len(asking)
+    nprobe = sum(len(visits.queries) for visits in turns) / len(asking)
     return Joined(found, len(cells), nprobe, measured)
 
 
@@ -158,16 +167,21 @@ def standing(rows: Floats, cell: Ints, cells: int, what: Search) -> Bools:
     return without_crowds(rows, cell, cells, what.alike)
 
 
-def _visits(cells: Cells, rows: Floats, asking: Ints, reach: Reach) -> tuple[Visits, Ints]:
-    """Which rows (n, D), named `asking` (n,), visit each cell; and the nearest cell of each."""
-    parts, nearest = [], np.empty(len(rows), np.int64)
+def _visits(
+    cells: Cells, rows: Floats, asking: Ints, reach: Reach, turns: Sequence[slice]
+) -> tuple[list[Visits], Ints]:
+    """Which rows (n, D), named `asking` (n,), visit each cell, by turns, each a slice of the way
+    of a row; and the nearest cell of each."""
+    parts: list[list[Visits]] = [[] for _ in turns]
+    nearest = np.empty(len(rows), np.int64)
     for start in range(0, len(rows), CHUNK_ROWS):
         chunk = slice(start, start + CHUNK_ROWS)
         way = cells.way(rows[chunk], reach)
-        some = Visits.of(way, len(cells))
-        parts.append(Visits(asking[chunk][some.queries], some.starts))
         nearest[chunk] = way[:, 0]
-    return Visits.joined(parts), nearest
+        for turn, of_turn in zip(turns, parts, strict=True):
+            some = Visits.of(way[:, turn], len(cells))
+            of_turn.append(Visits(asking[chunk][some.queries], some.starts))
+    return [Visits.joined(of_turn) for of_turn in parts], nearest
 
 
 def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -> None:
@@ -181,7 +195,7 @@ def _join_equal(found: Neighbours, kept: Ints, rows: Floats, min_score: float) -
 def cell_count(base_rows: int, queries: int) -> int:
     """How many cells: all rows are compared with all of them, and queries with the rows of some, so
     that for few queries few are best."""
-    root = min(base_rows, queries) ** 0.5
+    root = (base_rows * queries / max(1, base_rows + queries)) ** 0.5
     return max(1, min(base_rows // ROWS_PER_CELL, int(CELLS * root)))
 
 

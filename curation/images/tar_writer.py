@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 BLOCK_BYTES, BLOCKS = 1 << 20, 4  # hashed and written at a time, and how many are under way
+LARGE = 1 << 16  # pieces that are not copied into one with their neighbours
 _NAME_BYTES, _LARGEST = 100, 8**11  # of what fits in a plain header
 _BLANK = tarfile.TarInfo().tobuf(tarfile.GNU_FORMAT)
 _MODE, _TIME, _REST = _BLANK[100:124], _BLANK[136:148], _BLANK[156:]
@@ -37,7 +38,8 @@ class TarWriter:
     def __init__(self, path: Path) -> None:
         self.size = 0  # bytes added so far
         self._path, self._digest = path, hashlib.sha256()
-        self._added: list[bytes] = []
+        self._pieces: list[bytes] = []  # of the next block
+        self._small: list[bytes] = []  # that will be one piece
         self._held = self._written = 0  # bytes
         self._under_way: deque[tuple[Future[None], Future[None]]] = deque()
 
@@ -72,19 +74,28 @@ class TarWriter:
         return self._digest.hexdigest()
 
     def _append(self, *chunks: bytes) -> None:
-        self._added += chunks
+        for chunk in chunks:
+            if len(chunk) >= LARGE:
+                self._join_small()
+                self._pieces.append(chunk)
+            else:
+                self._small.append(chunk)
         added = sum(map(len, chunks))
         self.size += added
         self._held += added
         if self._held >= BLOCK_BYTES:
             self._hand_over()
 
+    def _join_small(self) -> None:
+        self._pieces.append(b"".join(self._small))  # in memory of an earlier one: malloc gives it
+        self._small = []
+
     def _hand_over(self) -> None:
         if len(self._under_way) == BLOCKS:
             self._wait()
-        block = b"".join(self._added)  # in memory of an earlier one: malloc gives it again
-        self._added, self._held = [], 0
-        hashing = self._hasher.submit(self._digest.update, block)
+        self._join_small()
+        block, self._pieces, self._held = self._pieces, [], 0
+        hashing = self._hasher.submit(self._hash, block)
         self._under_way.append((hashing, self._writer.submit(self._write, block)))
 
     def _wait(self) -> None:
@@ -92,10 +103,18 @@ class TarWriter:
         for task in self._under_way.popleft():
             task.result()
 
-    def _write(self, block: bytes) -> None:
-        rest = memoryview(block)
+    def _hash(self, block: list[bytes]) -> None:
+        for piece in block:
+            self._digest.update(piece)
+
+    def _write(self, block: list[bytes]) -> None:
+        file, size = self._file.fileno(), sum(map(len, block))
+        rest = [memoryview(piece) for piece in block]
         while rest:
-            rest = rest[self._file.write(rest) :]
+            written = os.writev(file, rest)
+            while rest and written >= len(rest[0]):
+                written -= len(rest.pop(0))
+            rest[:1] = [piece[written:] for piece in rest[:1]]
         # Begins to write to the disk, without waiting, what is else left to the sync at the end.
-        os.posix_fadvise(self._file.fileno(), self._written, len(block), os.POSIX_FADV_DONTNEED)
-        self._written += len(block)
+        os.posix_fadvise(file, self._written, size, os.POSIX_FADV_DONTNEED)
+        self._written += size

@@ -243,7 +243,7 @@ def _shards(job: Job) -> Iterator[Step]:
     size = c["image_bytes"]
     shards = math.ceil(chosen / job.recipe.shards.images_per_shard)
     written = chosen * (size + SAMPLE_BYTES)
-    moving = written * (3 / c["hash_bytes_per_s"] + 1 / c["write_bytes_per_s"])
+    moving = written * (2 / c["hash_bytes_per_s"] + 1 / c["write_bytes_per_s"])
     yield Step(
         "write shards",
         "workers",

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
 from curation.images import nvjpeg
 from curation.images.decode import BadImage, Limits, decode, examine, extension
@@ -199,10 +200,11 @@ class EmbedWorker:
         """`data` may be the fault itself."""
         facts: Facts = {"id": None, "key": member["key"], "uri": member["uri"], "ext": None}
         facts |= {"bytes": member["size"], "width": None, "height": None, "fault": None}
-        facts |= {"unsafe": None, "phash": None}
+        facts |= {"unsafe": None, "phash": None, "checksum": None}
         if isinstance(data, str):
             return facts | {"fault": data}, []
         facts |= {"id": hashlib.sha256(data).digest(), "bytes": len(data)}
+        facts["checksum"] = xxh3_64_intdigest(data)
         if self._cfg.decoder == "pillow":
             return self._decode(facts, data)
         try:

@@ -218,13 +218,15 @@ class AnswerWorker:
     def _answer(self, asked: pa.Table, base: Base, first: int, twins: Twins | None) -> pa.Table:
         join, cells = self._join, asked["cells"].combine_chunks()
         lengths = np.diff(cells.offsets.to_numpy())
-        cell = cells.flatten().to_numpy() - first
         query = np.repeat(np.arange(len(asked)), lengths)
-        order = np.argsort(cell, kind="stable")
-        starts = np.searchsorted(cell[order], np.arange(len(base.starts)))
+        place = np.arange(len(query)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        way = np.full((len(asked), lengths.max(initial=0)), NONE)
+        way[query, place] = cells.flatten().to_numpy() - first
         queries = Rows(rows_of(asked), column_numpy(asked, "image"))
         best = Best(len(asked), join.k, join.min_cosine)
-        search(queries, Visits(query[order], starts), base, best, twins)
+        for turn in join.what.turns:
+            visits = Visits.of(way[:, turn], len(base.starts) - 1)
+            search(queries, visits, base, best, twins)
         return pairs_of(queries.numbers, best.sorted())
 
 

@@ -147,6 +147,7 @@ class PlaceWorker:
         images = read_table(store, self._embedded.images_path(part)).take(rows)
         chosen = rows_of_part(store, SELECTED_TABLE, part)
         count = len(numbers)
+        none = pa.chunked_array([pa.nulls(count, pa.uint64())])  # embedded before there were any
         columns = {
             "image": pa.array(numbers),
             "role": pa.array([part.role] * count),
@@ -155,6 +156,7 @@ class PlaceWorker:
             "metadata": pa.nulls(count, pa.string()),
             **{name: members[name] for name in ("key", "locator", "offset", "size", "extras")},
             **{name: images[name] for name in ("id", "ext", "width", "height")},
+            "checksum": images["checksum"] if "checksum" in images.column_names else none,
             "retrieved_by": chosen["retrieved_by"],
             "position": order["position"],
         }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from finished import counts, final_files
 from workbench import Project, picture, write_pictures
@@ -158,3 +159,28 @@ def test_scratch_files_of_a_killed_writer_go(project: Callable[..., Project]) ->
     assert work.run() == 0
     assert final_files(work.run_folder) == whole
     assert not list(work.run_folder.rglob(".tmp-*"))
+
+
+def forget_checksums(work: Project) -> None:
+    """As in a run that was embedded before there were any."""
+    for path in (work.run_folder / "embed" / "images").iterdir():
+        pq.write_table(pq.read_table(path).drop_columns("checksum"), path)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_embedded_without_checksums_is_told_by_the_images_ids(
+    changed: bool,
+    project: Callable[..., Project],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = project(pool=range(10))
+
+    def change() -> None:
+        forget_checksums(work)
+        if changed:
+            picture(999).save(selected_file(work))
+
+    before_shards(monkeypatch, change)
+    assert work.run() == int(changed)
+    assert ("00100.jpg has changed since it was embedded" in capsys.readouterr().err) == changed

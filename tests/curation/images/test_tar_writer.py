@@ -45,6 +45,7 @@ def test_the_whole_is_that_of_tarfile(members: list[tuple[str, bytes]]) -> None:
     wanted = buffer.getvalue()
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(tar_writer, "BLOCK_BYTES", 5000)
+        patch.setattr(tar_writer, "LARGE", 700)
         with TarWriter(Path(folder) / "made.tar") as tar:
             places = [(tar.add(name, data), data) for name, data in members]
         assert (Path(folder) / "made.tar").read_bytes() == wanted
