@@ -141,7 +141,7 @@ def suit_gpu(net: nn.Module) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     blocks: Any = getattr(net, "blocks", None)
-    if isinstance(net, VisionTransformer) and all(_plain(block) for block in blocks):
+    if type(net) is VisionTransformer and all(_plain(block) for block in blocks):
         net.blocks = AddingBlocks(blocks)  # type: ignore[assignment]
     for module in net.modules():
         for name, part in module.named_children():
